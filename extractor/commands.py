@@ -1,0 +1,304 @@
+"""The commands ``pack``, ``extract``, ``info``, ``status`` and ``verify``.
+
+torch and zarr are imported inside the functions, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from classlens.extractor.console import bar
+from classlens.extractor.console import status as spinner
+from classlens.extractor.errors import UsageError
+
+if TYPE_CHECKING:
+    from classlens.extractor.config import ExtractConfig
+    from classlens.extractor.run import Prepared, Summary
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+EXISTING_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+PER_CLASS_HELP = "Take the first N images of each class, in sorted order; skip smaller classes."
+
+
+@click.group()
+def pack() -> None:
+    """Images and masks -> tar shards that `extract` reads.
+
+    Picture bytes are copied, never re-encoded. Each image becomes KEY.jpg, KEY.cls, KEY.json and,
+    where there is one, KEY.mask.png (webdataset layout). ImageNet shards in the common jpg + cls
+    layout need no packing.
+    """
+
+
+@pack.command("imagenet-s")
+@click.argument("root", type=EXISTING_FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--split", default="validation", show_default=True, help="train, validation or test.")
+@click.option("--per-class", type=click.IntRange(1), help=PER_CLASS_HELP + " The paper takes 5.")
+@click.option("--shard-images", default=512, show_default=True, help="Images in one tar.")
+@click.option("--categories", type=EXISTING_FILE, help="ImageNetS_categories_im919.txt.")
+@click.option("--synset-mapping", type=EXISTING_FILE, help="LOC_synset_mapping.txt.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def pack_imagenet_s_command(root: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """ImageNet-S, in its official tree, with segmentation masks.
+
+    \b
+    classlens pack imagenet-s ImageNetS919 shards --split validation --per-class 5
+    """
+    from classlens.extractor.pack import pack_imagenet_s
+
+    with bar("Packing") as progress:
+        summary = pack_imagenet_s(root, out, progress=progress, **options)
+    _report_pack(summary, as_json)
+
+
+@pack.command("imagefolder")
+@click.argument("root", type=EXISTING_FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--shard-images", default=512, show_default=True, help="Images in one tar.")
+@click.option(
+    "--class-index",
+    type=EXISTING_FILE,
+    help="JSON {folder: class}; default: sorted folders.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """One folder of pictures a class.
+
+    \b
+    classlens pack imagefolder PHOTOS shards
+    """
+    from classlens.extractor.pack import pack_imagefolder
+
+    with bar("Packing") as progress:
+        summary = pack_imagefolder(root, out, progress=progress, **options)
+    _report_pack(summary, as_json)
+
+
+@click.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--model", required=True, help="A timm ViT, e.g. vit_base_patch16_224.")
+@click.option("--out", required=True, type=FOLDER, help="The store; an unfinished one is resumed.")
+@click.option("--weights", default="pretrained", show_default=True,
+              help="pretrained | random[:SEED] | FILE (safetensors or state dict).")  # fmt: skip
+@click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE",
+              help="Passed to timm.create_model, e.g. img_size=384; repeatable.")  # fmt: skip
+@click.option("--geometry", type=click.Choice(["timm", "squash"]), default="timm",
+              show_default=True,
+              help="timm: the model's own resize and crop. squash: resize without crop, "
+              "mean = std = 0.5, as the paper's code.")  # fmt: skip
+@click.option("--convention", type=click.Choice(["corrected", "vilas2023"]), default="corrected",
+              show_default=True,
+              help="vilas2023 projects attention and MLP outputs of GAP models through their "
+              "block's norm first.")  # fmt: skip
+@click.option("--streams", default="resid,attn,mlp", show_default=True,
+              help="Which of resid, mid, attn, mlp to score.")  # fmt: skip
+@click.option("--topk", default=1, show_default=True, help="Top classes kept for each token.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
+              help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
+@click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--decode-threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--max-pixels", default=100_000_000, show_default=True,
+              help="Larger pictures are not decoded.")  # fmt: skip
+@click.option("--class-names", type=EXISTING_FILE, help="One class name a line, in class order.")
+@click.option("--dry-run", is_flag=True, help="Check the shards and print what would be done.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def extract(
+    shards: tuple[str, ...],
+    out: Path,
+    class_names: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> int | None:
+    """Scores every token of every block of the images in SHARDS and writes a store.
+
+    SHARDS are tar files, folders of them, or brace patterns. The store holds for each token the
+    rank of the image's label among all classes, its logit and log-probability, and the top
+    classes. A killed run goes on where it stopped when the same command is given again; several
+    may work on one store at once. Images that cannot be scored are counted and the exit code is 3.
+
+    \b
+    classlens extract 'shards/shard-{000000..000024}.tar' --model vit_base_patch16_224 --out store
+    classlens extract shards --model deit3_small_patch16_224 --weights random:0 --out control
+    """
+    from classlens.extractor.run import extract as run_extract
+    from classlens.extractor.run import prepare, summary_json
+
+    config = _config(**options)
+    with spinner("Walking the shards and loading the model"):
+        prepared = prepare(config, shards, class_names)
+    if dry_run:
+        _print_plan(prepared, out, as_json)
+        return None
+    with bar("Scoring") as progress:
+        summary = run_extract(prepared, out, progress)
+    if as_json:
+        click.echo(json.dumps(summary_json(summary)))
+    else:
+        _print_summary(summary)
+    return 3 if summary.bad_images else None
+
+
+@click.command()
+@click.argument("store", type=EXISTING_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="All attributes as JSON.")
+def info(store: Path, as_json: bool) -> None:
+    """What a store holds and how it was made."""
+    from classlens.extractor.schema import Layout, all_arrays, read_attributes
+
+    attributes = read_attributes(store)
+    if as_json:
+        click.echo(json.dumps(attributes))
+        return
+    layout, config = Layout.from_json(attributes["layout"]), attributes["config"]
+    rows = {
+        "model": f"{config['model']}, weights {config['weights']}",
+        "numerics": f"{config['dtype']} on {attributes['device']}",
+        "geometry": f"{config['geometry']}, {_shape(attributes['geometry']['input_size'])} pixels",
+        "convention": config["convention"],
+        "blocks": layout.blocks,
+        "streams": ", ".join(layout.streams),
+        "tokens": ", ".join((*layout.prefix_kinds, f"{_shape(layout.grid)} patches")),
+        "classes": layout.classes,
+        "masks": "yes" if layout.masks else "no",
+        "versions": ", ".join(f"{k} {v}" for k, v in attributes["versions"].items()),
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<11} {value}")
+    click.echo("arrays")
+    for spec in all_arrays(layout):
+        axes = ", ".join(f"{a} {n}" for a, n in zip(spec.axes, spec.shape(layout), strict=True))
+        click.echo(f"  {spec.path:<22} {spec.dtype:<8} [{axes}]")
+
+
+@click.command()
+@click.argument("store", type=EXISTING_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(store: Path, as_json: bool) -> None:
+    """How far an extraction is, and what became of its images."""
+    from classlens.extractor.schema import committed_units, read_layout
+    from classlens.extractor.store import status_totals
+
+    layout, done, totals = read_layout(store), committed_units(store), status_totals(store)
+    if as_json:
+        facts = {"units": layout.units, "units_committed": len(done), "status": totals}
+        click.echo(json.dumps(facts))
+        return
+    click.echo(f"{len(done)} of {layout.units} units committed")
+    for name, count in totals.items():
+        click.echo(f"{count:>9,} images {name}")
+    if len(done) < layout.units:
+        click.echo("The same `classlens extract` command goes on with the rest.")
+
+
+@click.command()
+@click.argument("store", type=EXISTING_FOLDER)
+@click.option("--repair", is_flag=True, help="Forget damaged units, so that `extract` redoes them.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def verify(store: Path, repair: bool, as_json: bool) -> None:
+    """Checks every byte of a store against its hashes and every image for its row.
+
+    Finds flipped bits, missing shards, missing rows and units not extracted yet. Exit code 6 if
+    anything is found.
+    """
+    from classlens.extractor.errors import StoreError
+    from classlens.extractor.schema import read_layout
+    from classlens.extractor.store import verify as run_verify
+
+    with bar("Verifying") as progress:
+        progress(0, read_layout(store).units)
+        found = run_verify(store, repair=repair, progress=progress)
+    if as_json:
+        click.echo(json.dumps([vars(damage) for damage in found]))
+    for damage in found if not as_json else []:
+        where = "store" if damage.unit is None else f"unit {damage.unit}"
+        click.echo(f"{where}: {damage.file} {damage.problem}")
+    if found:
+        remedy = "run the same `extract` again" if repair else "run `classlens verify --repair`"
+        raise StoreError(f"{store}: {len(found)} findings; {remedy}.")
+    click.echo(f"{store} is whole.", err=as_json)
+
+
+def _config(
+    streams: str, model_args: tuple[str, ...], dtype: str | None, device: str | None, **rest: Any
+) -> ExtractConfig:
+    import torch
+
+    from classlens.extractor.config import ExtractConfig
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ExtractConfig(
+        streams=tuple(name for name in streams.split(",") if name),
+        model_args=dict(_model_arg(argument) for argument in model_args),
+        dtype=dtype or ("float32" if device == "cpu" else "float16"),  # pyright: ignore
+        device=device,
+        **rest,
+    )
+
+
+def _model_arg(argument: str) -> tuple[str, Any]:
+    name, separator, text = argument.partition("=")
+    if not separator:
+        raise UsageError(f"--model-arg takes KEY=VALUE, got {argument!r}.")
+    try:
+        return name, json.loads(text)
+    except ValueError:
+        return name, {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _print_plan(prepared: Prepared, out: Path, as_json: bool) -> None:
+    plan = prepared.plan
+    facts = {
+        "store": str(out),
+        "units": len(plan.units),
+        "images": plan.manifest.height,
+        "with_masks": prepared.layout.masks,
+        "shard_bytes": sum(unit.stop - unit.start for unit in plan.units),
+        "store_bytes_before_compression": plan.manifest.height * prepared.raw_bytes_per_image,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    click.echo(f"{facts['units']:,} units, {facts['images']:,} images", nl=False)
+    click.echo(" with masks" if facts["with_masks"] else " without masks")
+    click.echo(f"{facts['shard_bytes'] / 1e6:,.1f} MB of images to read")
+    click.echo(
+        f"{facts['store_bytes_before_compression'] / 1e6:,.1f} MB of scores before compression "
+        f"({prepared.raw_bytes_per_image / 1e3:,.1f} kB an image); the store is smaller"
+    )
+
+
+def _print_summary(summary: Summary) -> None:
+    good = summary.status.get("ok", 0)
+    click.echo(
+        f"{summary.store}: {good:,} of {summary.images:,} images scored, "
+        f"{summary.bytes_per_image / 1e3:.1f} kB an image"
+    )
+    if summary.scored:
+        click.echo(f"this run: {summary.scored:,} images, {summary.images_per_s:.1f} images/s")
+    for name, count in summary.status.items():
+        if name != "ok":
+            click.echo(f"not scored: {count:,} {name} (see the table `images`, column status)")
+    left = summary.units - summary.units_committed
+    if left:
+        click.echo(f"{left} units are with other processes; `classlens status` shows when done")
+
+
+def _report_pack(summary: Any, as_json: bool) -> None:
+    facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(summary).items()}
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name.replace('_', ' '):<18} {value}")
+
+
+def _shape(sizes: Any) -> str:
+    return "×".join(str(size) for size in sizes)

@@ -1,0 +1,58 @@
+"""The settings of one extraction: a frozen dataclass that is saved into the store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from classlens.extractor.errors import UsageError
+from classlens.extractor.schema import STREAMS
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What to extract, from what, with what.
+
+    model: a timm name. model_args: keyword arguments of ``timm.create_model``. weights:
+    ``pretrained``, ``random[:seed]`` or a file. geometry: ``timm`` (the model's own) or ``squash``
+    (the paper's code). dtype: of the forward pass and the projection. streams: see the definitions
+    of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token.
+    convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of GAP
+    models through their block's norm first. max_pixels: larger pictures are not decoded.
+    """
+
+    model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str = "pretrained"
+    geometry: Literal["timm", "squash"] = "timm"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    streams: tuple[str, ...] = ("resid", "attn", "mlp")
+    topk: int = 1
+    convention: Literal["corrected", "vilas2023"] = "corrected"
+    max_pixels: int = 100_000_000
+    device: str = "cpu"
+    batch_size: int = 32
+    decode_threads: int = 2
+
+    def __post_init__(self) -> None:
+        unknown = [s for s in self.streams if s not in STREAMS]
+        if unknown or not self.streams or len(set(self.streams)) != len(self.streams):
+            raise UsageError(
+                f"--streams takes a comma-separated choice of {', '.join(STREAMS)}, each once; "
+                f"got {','.join(self.streams) or 'nothing'}."
+            )
+        if self.topk < 0:
+            raise UsageError(f"--topk is {self.topk}; give 0 or more.")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size is {self.batch_size}; give 1 or more.")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping of all fields."""
+        return asdict(self)
+
+    def content(self) -> dict[str, Any]:
+        """The fields that decide which numbers are stored; the rest only decide how fast."""
+        speed_only = {"device", "batch_size", "decode_threads", "weights"}
+        return {k: v for k, v in self.to_json().items() if k not in speed_only}

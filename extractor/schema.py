@@ -1,0 +1,216 @@
+"""What a store holds: array names, shapes, dtypes, chunks, tables and the format version.
+
+Axis names: ``image`` (position on the image axis; a unit fills ``unit_images`` consecutive places,
+its last ones may be padding), ``block`` (0-based), ``stream``, ``token`` (prefix tokens first, then
+patches row by row), ``patch`` (image tokens only).
+
+This module imports neither torch nor zarr.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from classlens.extractor.errors import StoreError
+
+FORMAT_VERSION = 1
+
+STREAMS = ("resid", "mid", "attn", "mlp")
+TOKEN_KINDS = ("cls", "dist", "register", "patch")
+
+MANIFEST_FILE = "manifest.parquet"
+UNITS_FILE = "units.parquet"
+CLASSES_FILE = "classes.parquet"
+LEDGER_DIR = "_ledger"
+STAGING_DIR = "_staging"
+
+
+class Status(IntEnum):
+    """What became of a planned image. Only ``OK`` images have scores."""
+
+    OK = 0
+    UNDECODABLE = 1
+    """The image's bytes are not a readable picture (damaged or truncated)."""
+    TOO_LARGE = 2
+    """The picture has more pixels than ``max_pixels``."""
+    LABEL_INVALID = 3
+    """The label is missing, not a number, or not in [0, C)."""
+    MASK_MISSING = 4
+    """Other images of the shard have a segmentation mask, this one has none."""
+    MASK_UNDECODABLE = 5
+    """The segmentation mask is not a readable PNG, or its size is not the image's."""
+    NONFINITE = 6
+    """Activations overflowed or were NaN in the chosen dtype."""
+    ABSENT = 255
+    """Padding behind the last image of a unit; never a planned image."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of one store, saved in its attributes.
+
+    images: length of the image axis, padding included. unit_images: places a unit fills on it.
+    blocks: L. streams: names, in the order of the stream axis. token_kinds: kind of each prefix
+    token. grid: patch rows and columns. classes: C. topk: number of ``top*`` arrays. masks: whether
+    ``images/mask_fraction`` exists.
+    """
+
+    images: int
+    unit_images: int
+    blocks: int
+    streams: tuple[str, ...]
+    prefix_kinds: tuple[str, ...]
+    grid: tuple[int, int]
+    classes: int
+    topk: int
+    masks: bool
+
+    @property
+    def prefix(self) -> int:
+        """Number of prefix tokens P."""
+        return len(self.prefix_kinds)
+
+    @property
+    def patches(self) -> int:
+        """Number of image tokens G."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens T = P + G."""
+        return self.prefix + self.patches
+
+    @property
+    def units(self) -> int:
+        """Number of units on the image axis."""
+        return self.images // self.unit_images
+
+    def axis(self, name: str) -> int:
+        """Length of an axis by its name."""
+        return {
+            "image": self.images,
+            "block": self.blocks,
+            "stream": len(self.streams),
+            "token": self.tokens,
+            "patch": self.patches,
+        }[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping; :meth:`from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Layout:
+        """The layout saved by :meth:`to_json`."""
+        fields = dict(value)
+        for name in ("streams", "prefix_kinds", "grid"):
+            fields[name] = tuple(fields[name])
+        return Layout(**fields)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array: its path in the store, dtype, axes and fill value."""
+
+    path: str
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "float16"]
+    axes: tuple[str, ...]
+    fill: int | float
+
+    def shape(self, layout: Layout) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return tuple(layout.axis(a) for a in self.axes)
+
+    def shard(self, layout: Layout) -> tuple[int, ...]:
+        """Shape of one shard: the images of one unit, everything else whole."""
+        return (layout.unit_images, *self.shape(layout)[1:])
+
+    def chunk(self, layout: Layout) -> tuple[int, ...]:
+        """Shape of one chunk: one block and stream of the unit's images."""
+        single = {"block", "stream"}
+        return tuple(
+            1 if axis in single else length
+            for axis, length in zip(self.axes, self.shard(layout), strict=True)
+        )
+
+
+def class_dtype(classes: int) -> Literal["uint16", "uint32"]:
+    """Integer dtype of ranks and class indices; its largest value is kept free as the fill."""
+    return "uint16" if classes <= 65_535 else "uint32"
+
+
+def score_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The arrays of the ranks reducer, [image, block, stream, token] (definitions: paper §4.1)."""
+    axes = ("image", "block", "stream", "token")
+    integer = class_dtype(layout.classes)
+    fill = 65_535 if integer == "uint16" else 4_294_967_295
+    return (
+        ArraySpec("scores/rank", integer, axes, fill),
+        ArraySpec("scores/label_logit", "float16", axes, float("nan")),
+        ArraySpec("scores/label_logprob", "float16", axes, float("nan")),
+        *(ArraySpec(f"scores/top{i + 1}", integer, axes, fill) for i in range(layout.topk)),
+    )
+
+
+def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The arrays with one row per image."""
+    arrays = [
+        ArraySpec("images/label", "int32", ("image",), -1),
+        ArraySpec("images/prediction", "int32", ("image",), -1),
+        ArraySpec("images/status", "uint8", ("image",), int(Status.ABSENT)),
+    ]
+    if layout.masks:
+        arrays.append(ArraySpec("images/mask_fraction", "uint8", ("image", "patch"), 0))
+    return tuple(arrays)
+
+
+def all_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """Every array of a store."""
+    return (*image_arrays(layout), *score_arrays(layout))
+
+
+def shard_file(spec: ArraySpec, unit: int) -> str:
+    """Path, relative to the store, of the file that holds a unit's part of an array."""
+    return "/".join([spec.path, "c", str(unit), *("0" for _ in spec.axes[1:])])
+
+
+def ledger_file(unit: int) -> str:
+    """Path, relative to the store, of the marker that says a unit is committed."""
+    return f"{LEDGER_DIR}/{unit:06d}.json"
+
+
+def committed_units(store: Path) -> list[int]:
+    """Units whose commit marker exists, ascending. Only these may be read."""
+    return sorted(int(p.stem) for p in (store / LEDGER_DIR).glob("*.json"))
+
+
+def read_attributes(store: str | Path) -> dict[str, Any]:
+    """The ``classlens`` attributes of a store: format, layout, config, fingerprint, versions, …
+
+    Raises:
+        StoreError: there is no store at this path, or its format is a newer one.
+    """
+    path = Path(store) / "zarr.json"
+    try:
+        attributes = json.loads(path.read_text())["attributes"]["classlens"]
+    except (OSError, KeyError, ValueError) as error:
+        raise StoreError(
+            f"{store} is not a classlens store ({type(error).__name__} on its zarr.json); "
+            "give the folder that `classlens extract --out` wrote."
+        ) from error
+    if attributes["format"] > FORMAT_VERSION:
+        raise StoreError(
+            f"{store} has store format {attributes['format']}, this classlens reads up to "
+            f"{FORMAT_VERSION}; upgrade classlens."
+        )
+    return attributes
+
+
+def read_layout(store: str | Path) -> Layout:
+    """The layout of a store (see :func:`read_attributes` for errors)."""
+    return Layout.from_json(read_attributes(store)["layout"])

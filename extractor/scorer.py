@@ -1,0 +1,83 @@
+"""``score(pixels, labels)``: one pure function from a batch of pictures to compact arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from classlens.extractor.models import Subject, walk
+from classlens.extractor.schema import ArraySpec, Layout
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Reducer(Protocol):
+    """Takes the sites of a block and returns something small for each image."""
+
+    def arrays(self, layout: Layout) -> tuple[ArraySpec, ...]:
+        """The arrays it fills; each has the axes ``image, block, …``."""
+        ...
+
+    def reduce(self, sites: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """One block's values by array path, each [N, …] without the block axis."""
+        ...
+
+
+class Scorer:
+    """A model and its reducers on one device, in one dtype.
+
+    Moves and casts ``subject.model`` in place.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        reducers: Sequence[Reducer],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        convention: str,
+    ) -> None:
+        self.model = subject.model.to(device=device, dtype=dtype)
+        self.reducers = tuple(reducers)
+        self.convention = convention
+        self.device, self.dtype = torch.device(device), dtype
+        channel = (1, 3, 1, 1)
+        mean = torch.tensor(subject.geometry.mean, device=device).view(channel)
+        std = torch.tensor(subject.geometry.std, device=device).view(channel)
+        self._scale = 1 / (255 * std)
+        self._shift = -mean / std
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] in the scoring dtype, from uint8 pixels [N, H, W, 3]."""
+        planes = pixels.to(self.device).permute(0, 3, 1, 2).float()
+        return (planes * self._scale + self._shift).to(self.dtype)
+
+    @torch.inference_mode()
+    def score(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Scores a batch.
+
+        Args:
+            pixels: uint8 [N, H, W, 3], after resize and crop.
+            labels: int64 [N], all in [0, C).
+
+        Returns:
+            by array path, on the CPU: every reducer's arrays [N, L, …], and
+            ``images/prediction`` int64 [N], the model's own top class.
+        """
+        labels = labels.to(self.device)
+        per_block: dict[str, list[Tensor]] = {}
+        x = None
+        for _, sites in walk(self.model, self.images(pixels), self.convention):
+            x = sites["resid"]
+            for reducer in self.reducers:
+                for path, value in reducer.reduce(sites, labels).items():
+                    per_block.setdefault(path, []).append(value)
+        assert x is not None
+        logits = self.model.forward_head(self.model.norm(x))
+        result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
+        result["images/prediction"] = logits.float().argmax(dim=-1)
+        return {path: value.cpu() for path, value in result.items()}
