@@ -62,9 +62,9 @@ def pack_imagenet_s_command(root: Path, out: Path, as_json: bool, **options: Any
 @click.argument("out", type=FOLDER)
 @click.option("--shard-images", default=512, show_default=True, help="Images in one tar.")
 @click.option(
-    "--class-index",
+    "--class-names",
     type=EXISTING_FILE,
-    help="JSON {folder: class}; default: sorted folders.",
+    help="Lines 'FOLDER NAME' in class order; default: sorted folders.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: Any) -> None:

@@ -1,9 +1,8 @@
 """Errors a user can meet. Each message is one sentence that names the remedy.
 
 Exit codes of the command line: 0 done; 1 anything unforeseen; 2 wrong usage; 3 done, but some
-images could not be scored; 4 the input data cannot be used; 5 the store belongs to another configuration;
-6 the store is missing or damaged;
-7 the model cannot be used; 130 interrupted.
+images could not be scored; 4 the input data cannot be used; 5 the store belongs to another
+configuration; 6 the store is missing or damaged; 7 the model cannot be used; 130 interrupted.
 """
 
 

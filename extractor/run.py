@@ -25,6 +25,7 @@ from classlens.extractor.schema import FORMAT_VERSION, Layout, Status, all_array
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.extractor.shards import Decoded, Decoder, decode_unit
 from classlens.extractor.store import StagedUnit, Store, Tables, status_totals
+from classlens.kernels.label_margins import margins_pay
 
 T = TypeVar("T")
 
@@ -178,11 +179,13 @@ def make_scorer(prepared: Prepared) -> Scorer:
     """
     config, subject = prepared.config, prepared.subject
     dtype = DTYPES[config.dtype]
-    try:
-        space = subject.space.to(dtype=dtype, device=torch.device(config.device))
+    on_cpu = config.device == "cpu"
+    try:  # a CPU takes the weights in float32, and rounds no further than it must
+        space = subject.space.to(dtype=torch.float32 if on_cpu else dtype, device=config.device)
     except ValueError as error:
         raise ModelError(f"{config.model} cannot be scored in {config.dtype}: {error}") from error
-    reducers = [RanksReducer(space, config.streams, config.topk)]
+    margins = on_cpu and dtype == torch.bfloat16 and margins_pay()
+    reducers = [RanksReducer(space, config.streams, config.topk, margins)]
     return Scorer(
         subject, reducers, dtype=dtype, device=config.device, convention=config.convention
     )

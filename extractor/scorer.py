@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,8 +21,8 @@ class Reducer(Protocol):
         """The arrays it fills; each has the axes ``image, block, …``."""
         ...
 
-    def reduce(self, sites: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """One block's values by array path, each [N, …] without the block axis."""
+    def for_batch(self, labels: Tensor) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """For a batch with these labels: a block's sites -> values by array path, each [N, …]."""
         ...
 
 
@@ -70,11 +70,12 @@ class Scorer:
         """
         labels = labels.to(self.device)
         per_block: dict[str, list[Tensor]] = {}
+        reducers = [reducer.for_batch(labels) for reducer in self.reducers]
         x = None
         for _, sites in walk(self.model, self.images(pixels), self.convention):
             x = sites["resid"]
-            for reducer in self.reducers:
-                for path, value in reducer.reduce(sites, labels).items():
+            for reduce in reducers:
+                for path, value in reduce(sites).items():
                     per_block.setdefault(path, []).append(value)
         assert x is not None
         logits = self.model.forward_head(self.model.norm(x))

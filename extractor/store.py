@@ -74,8 +74,10 @@ class Store:
         Args:
             attributes: config, fingerprint, versions, … saved beside format and layout.
 
+        A store that another worker creates at the same moment is opened instead.
+
         Raises:
-            StoreError: the folder exists and is not empty.
+            StoreError: the folder exists, is not empty and holds no store.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
@@ -105,6 +107,8 @@ class Store:
             draft.rename(path)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
+            if (path / "zarr.json").exists():  # another worker was first
+                return Store(path)
             if path.is_dir() and any(path.iterdir()):
                 raise StoreError(
                     f"{path} exists and is no classlens store; choose another --out."
@@ -124,10 +128,10 @@ class Store:
         Raises:
             ConfigMismatchError: it has another fingerprint; names the fields that differ.
         """
-        if not (path / "zarr.json").exists():
-            return Store.create(path, layout, tables, attributes)
-        store = Store(path)
-        ours, theirs = attributes["fingerprint"], store.attributes["fingerprint"]
+        exists = (path / "zarr.json").exists()
+        store = Store(path) if exists else Store.create(path, layout, tables, attributes)
+        ours = json.loads(json.dumps(attributes["fingerprint"]))  # tuples become lists
+        theirs = store.attributes["fingerprint"]
         differing = [k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
         if differing:
             fields = "; ".join(

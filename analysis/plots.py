@@ -1,0 +1,276 @@
+"""Charts of paper §4 from the frames of :mod:`classlens.analysis.identifiability`, and static SVG.
+
+Blocks are 0-based. Colours are those of Okabe and Ito, one for each stream throughout; controls are
+grey and dashed, chance is dotted.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+STREAM_COLORS = {"resid": "#0072B2", "mid": "#CC79A7", "attn": "#D55E00", "mlp": "#009E73"}
+STREAM_TITLES = {
+    "resid": "residual stream (resid)",
+    "mid": "after attention (mid)",
+    "attn": "attention output (attn)",
+    "mlp": "MLP output (mlp)",
+}
+GROUP_TITLES = {"cls": "CLS token", "patch": "image tokens"}
+CONTROL_COLOR = "#6B6B6B"
+CHANCE_COLOR = "#222222"
+LEVEL = 0.05
+BAR_WIDTH = 220
+# The converter measures text in Liberation Sans; these have its widths.
+FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
+
+LINES = {"model": [1, 0], "control (random weights)": [6, 3], "chance": [1.5, 3]}
+
+
+def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
+    """Identifiability rate and images with an identifiable token, a bar for each row.
+
+    Args:
+        rates: rows of ``identifiability.rate`` with a column ``source`` ("model", "control"), a
+            unique ``name`` and ``chance`` (100/C: of a token to have rank 0, in %).
+    """
+    titles = {
+        "rate": ["image tokens with rank 0, mean over images (%)", "tick: chance"],
+        "images": ["images with at least one such token (%)"],
+    }
+    color = _source_color(STREAM_COLORS["resid"])
+    panels = []
+    for measure, title in titles.items():
+        names = alt.Axis(labelLimit=320) if not panels else None
+        base = alt.Chart(_with_interval_text(rates, measure)).encode(
+            y=alt.Y("name:N", title=None, sort=None, axis=names)
+        )
+        layers = [
+            base.mark_bar(height={"band": 0.55}).encode(
+                x=alt.X(
+                    f"{measure}:Q",
+                    title=title,
+                    scale=alt.Scale(domain=[0, 100]),
+                    axis=alt.Axis(tickCount=5),
+                ),
+                color=color,
+            ),
+            base.mark_rule(strokeWidth=1.5).encode(x=f"{measure}_low:Q", x2=f"{measure}_high:Q"),
+            base.mark_text(align="left", fontSize=12).encode(
+                x=alt.value(BAR_WIDTH + 8), text="interval:N"
+            ),
+        ]
+        if measure == "rate":
+            tick = base.mark_tick(color=CHANCE_COLOR, thickness=2, height={"band": 0.8})
+            layers.append(tick.encode(x="chance:Q"))
+        panels.append(alt.layer(*layers).properties(width=BAR_WIDTH, height=alt.Step(32)))
+    return _styled(alt.hconcat(*panels, spacing=32))
+
+
+def evolution_chart(evolution: pl.DataFrame) -> alt.VConcatChart:
+    """Mean identifiability over blocks, a row for CLS and image tokens, a column for each stream.
+
+    Args:
+        evolution: one store's ``IdentifiabilityResult.evolution``. The band is the middle half of
+            the tokens; a star marks blocks above the control (q < 0.05, p where there is no q).
+    """
+    streams = evolution["stream"].unique(maintain_order=True).to_list()
+    groups = [g for g in GROUP_TITLES if g in evolution["group"].to_list()]
+    rows = []
+    for group in groups:
+        cells = [
+            _evolution_panel(
+                evolution.filter((pl.col("stream") == stream) & (pl.col("group") == group)),
+                stream,
+                title=STREAM_TITLES[stream] if group == groups[0] else None,
+                y_title=[GROUP_TITLES[group], "identifiability r"]
+                if stream == streams[0]
+                else None,
+                x_title="block (0-based)" if group == groups[-1] else None,
+            )
+            for stream in streams
+        ]
+        row = alt.hconcat(*cells, spacing=16)
+        rows.append(row.resolve_scale(color="independent"))
+    return _styled(alt.vconcat(*rows, spacing=12))
+
+
+def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
+    """Share of image tokens whose label logit rose in each block, with its interval.
+
+    Args:
+        change_rate: one store's ``IdentifiabilityResult.change_rate``.
+    """
+    frame = change_rate.with_columns(line=_line_names())
+    base = alt.Chart(frame).encode(x=_blocks(change_rate, "block (0-based)"))
+    y = alt.Y(
+        "change_rate:Q",
+        title="share of image tokens rising",
+        scale=alt.Scale(domain=[0, 1]),
+    )
+    color = _source_color(STREAM_COLORS["resid"])
+    return _styled(
+        alt.layer(
+            _chance(0.5),
+            base.mark_area(opacity=0.25).encode(y="low:Q", y2="high:Q", color=color),
+            base.mark_line(strokeWidth=2).encode(y=y, color=color, strokeDash=_dashes(frame)),
+            base.mark_circle(size=40, opacity=1).encode(y=y, color=color),
+        ).properties(width=400, height=230)
+    )
+
+
+def context_chart(context: pl.DataFrame) -> alt.LayerChart:
+    """Class-labelled minus context tokens for each block, with its interval.
+
+    Args:
+        context: one store's ``IdentifiabilityResult.context``. Filled points: q < 0.05 (p where
+            there is no q). Grey ticks: the mean over all shuffles.
+    """
+    signs = [f"class ahead, {_test_name(context)} < {LEVEL}", "not significant"]
+    frame = context.with_columns(
+        significance=pl.when(_significant()).then(pl.lit(signs[0])).otherwise(pl.lit(signs[1]))
+    )
+    color = STREAM_COLORS["resid"]
+    base = alt.Chart(frame).encode(x=_blocks(context, "block (0-based)"))
+    y = alt.Y("delta:Q", title="Δ identifiability r, class − context")
+    fill = alt.Fill(
+        "significance:N",
+        title=None,
+        scale=alt.Scale(domain=signs, range=[color, "#FFFFFF"]),
+        legend=alt.Legend(symbolStrokeColor=color, symbolSize=70),
+    )
+    zero = alt.Chart(pl.DataFrame({"zero": [0.0]})).mark_rule(color=CHANCE_COLOR)
+    return _styled(
+        alt.layer(
+            zero.encode(y="zero:Q"),
+            base.mark_tick(color=CONTROL_COLOR, thickness=2, size=16, orient="horizontal").encode(
+                y="null:Q"
+            ),
+            base.mark_rule(color=color, strokeWidth=2).encode(y="low:Q", y2="high:Q"),
+            base.mark_point(size=70, stroke=color, strokeWidth=2, opacity=1).encode(y=y, fill=fill),
+        ).properties(width=400, height=230)
+    )
+
+
+def to_svg(chart: Any, description: str) -> str:
+    """A static SVG element to set into a page; needs no network and no script.
+
+    Args:
+        description: read out in place of the picture.
+    """
+    buffer = io.StringIO()
+    chart.save(buffer, format="svg")
+    svg = re.sub(r'\s(role|aria-[a-z]+)="[^"]*"', "", buffer.getvalue())
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
+
+
+def _evolution_panel(
+    cell: pl.DataFrame,
+    stream: str,
+    *,
+    title: str | None,
+    y_title: list[str] | None,
+    x_title: str | None,
+) -> Any:
+    frame = cell.with_columns(line=_line_names())
+    model = frame.filter(pl.col("source") == "model")
+    scale = alt.Scale(domain=[0, 1.08], nice=False)
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6, labels=y_title is not None)
+    y = alt.Y("mean:Q", title=y_title, scale=scale, axis=axis)
+    base = alt.Chart(frame).encode(x=_blocks(cell, x_title))
+    color = _source_color(STREAM_COLORS[stream])
+    layers = [
+        _chance(0.5),
+        alt.Chart(model)
+        .mark_area(opacity=0.22, color=STREAM_COLORS[stream])
+        .encode(x=_blocks(cell, x_title), y=alt.Y("q25:Q", scale=scale), y2="q75:Q"),
+        base.mark_line(strokeWidth=2).encode(y=y, color=color, strokeDash=_dashes(frame)),
+        base.mark_circle(size=25, opacity=1).encode(y=y, color=color),
+    ]
+    if "p_value" in model.columns:
+        stars = alt.Chart(model.filter(_significant())).encode(x=_blocks(cell, x_title))
+        layers.append(
+            stars.mark_text(text="★", fontSize=9, color=CONTROL_COLOR).encode(y=alt.datum(1.05))
+        )
+    return alt.layer(*layers).properties(width=262, height=175, title=title or "")
+
+
+def _blocks(frame: pl.DataFrame, title: str | None) -> alt.X:
+    blocks = sorted(set(frame["block"].to_list()))
+    first, last = blocks[0], blocks[-1]
+    values = blocks if len(blocks) <= 12 else blocks[::2]
+    return alt.X(
+        "block:Q",
+        title=title,
+        scale=alt.Scale(domain=[first - 0.3, last + 0.3], nice=False),
+        axis=alt.Axis(values=values, format="d", grid=False, labels=title is not None),
+    )
+
+
+def _line_names() -> pl.Expr:
+    model, control, _ = LINES
+    return pl.when(pl.col("source") == "model").then(pl.lit(model)).otherwise(pl.lit(control))
+
+
+def _dashes(frame: pl.DataFrame) -> alt.StrokeDash:
+    shown = [name for name in LINES if name == "chance" or name in frame["line"].to_list()]
+    return alt.StrokeDash(
+        "line:N",
+        title=None,
+        scale=alt.Scale(domain=shown, range=[LINES[name] for name in shown]),
+        legend=alt.Legend(symbolType="stroke", symbolSize=400, symbolStrokeColor="#444444"),
+    )
+
+
+def _source_color(model: str) -> alt.Color:
+    return alt.Color("source:N", scale=_source_scale(model), legend=None)
+
+
+def _source_scale(model: str) -> alt.Scale:
+    return alt.Scale(domain=["model", "control"], range=[model, CONTROL_COLOR])
+
+
+def _with_interval_text(rates: pl.DataFrame, measure: str) -> pl.DataFrame:
+    numbers = rates.select(measure, f"{measure}_low", f"{measure}_high").iter_rows()
+    return rates.with_columns(
+        interval=pl.Series([f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in numbers])
+    )
+
+
+def _chance(value: float) -> alt.Chart:
+    rule = alt.Chart(pl.DataFrame({"chance": [value]})).mark_rule(
+        color=CHANCE_COLOR, strokeDash=LINES["chance"], strokeWidth=1.5
+    )
+    return rule.encode(y="chance:Q")
+
+
+def _significant() -> pl.Expr:
+    return pl.coalesce("q_value", "p_value") < LEVEL
+
+
+def _test_name(frame: pl.DataFrame) -> str:
+    return "p" if frame["q_value"].is_null().all() else "q"
+
+
+def _styled(chart: Any) -> Any:
+    text = {"labelFontSize": 12, "titleFontSize": 12.5, "labelColor": "#222", "titleColor": "#222"}
+    return (
+        chart.configure(font=FONT, background="transparent")
+        .configure_view(stroke=None)
+        .configure_axis(
+            **text,
+            titleFontWeight="normal",
+            gridColor="#E4E4E4",
+            domainColor="#888",
+            titlePadding=8,
+        )
+        .configure_legend(
+            labelFontSize=12, labelColor="#222", orient="bottom", labelLimit=400, columnPadding=24
+        )
+        .configure_title(fontSize=13, fontWeight=600, anchor="middle", color="#222")
+    )

@@ -1,0 +1,210 @@
+"""Train the demo model: `python -m classlens.bench.demo.train --out FILE`."""
+
+import json
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import timm
+import torch
+from jaxtyping import Float, Int64
+from safetensors.torch import save_file
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from classlens.bench.demo.model_card import MEAN, MODEL_ARGS, MODEL_NAME, STD
+from classlens.bench.demo.numbers_data import CLASS_NAMES, Split, draw
+
+BATCH_SIZE = 64
+LEARNING_RATE = 1e-3
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.05
+CLIP_NORM = 1.0
+WARMUP_STEPS = 100
+DECAY_SHARE = 0.4
+# Straight on full difficulty the loss stays at its plateau of ln(100); this curriculum breaks it:
+# variation and clutter grow by 1/RAMP_STEPS in every step whose recent loss is below ADVANCE_BELOW.
+RAMP_STEPS = 400
+ADVANCE_BELOW = 2.5
+RECENT_STEPS = 20
+
+LOG_EVERY = 50
+VALIDATE_EVERY = 250
+VALIDATION_PER_CLASS = 5
+TEST_PER_CLASS = 50
+
+
+def make_model() -> VisionTransformer:
+    """The untrained demo model, its position embedding started from half a 2-D sin-cos one."""
+    model = timm.create_model(MODEL_NAME, weight_init="jax", **MODEL_ARGS)
+    assert isinstance(model, VisionTransformer)
+    assert model.pos_embed is not None
+    grid = [MODEL_ARGS["img_size"] // MODEL_ARGS["patch_size"]] * 2
+    patches_GD = build_sincos2d_pos_embed(grid, MODEL_ARGS["embed_dim"])
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        model.pos_embed[0, 1:] = 0.5 * patches_GD
+    return model
+
+
+def make_batch(
+    split: Split,
+    labels: list[int],
+    seeds: list[int],
+    difficulty: float = 1.0,
+    clutter: float = 1.0,
+) -> tuple[Float[Tensor, "N 3 64 64"], Int64[Tensor, " N"]]:
+    """Normalised images and their labels, one per (label, seed)."""
+    images = np.stack(
+        [
+            draw(split, label, seed, difficulty, clutter)[0]
+            for label, seed in zip(labels, seeds, strict=True)
+        ]
+    )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std, torch.tensor(labels)
+
+
+def cross_entropies(
+    logits_NC: Float[Tensor, "N 100"], targets_N: Int64[Tensor, " N"]
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the number, and the sum of those of its two digits.
+
+    The digits' probabilities are the sums of those of the ten numbers that share the digit, so
+    that one example teaches nineteen class embeddings and not one alone.
+    """
+    number_loss = functional.cross_entropy(logits_NC, targets_N, label_smoothing=LABEL_SMOOTHING)
+    logprobs = logits_NC.log_softmax(dim=1).view(-1, 10, 10)
+    tens_loss = functional.nll_loss(logprobs.logsumexp(dim=2), targets_N // 10)
+    units_loss = functional.nll_loss(logprobs.logsumexp(dim=1), targets_N % 10)
+    return number_loss, tens_loss + units_loss
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last 40 %."""
+    warmup = min((step + 1) / WARMUP_STEPS, 1.0)
+    decay = min((steps - step) / (DECAY_SHARE * steps), 1.0)
+    return LEARNING_RATE * warmup * decay
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with weight decay on the weight matrices alone."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = name.endswith(".weight") and parameter.ndim >= 2
+        (decayed if is_matrix else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
+
+
+@torch.inference_mode()
+def count_correct(model: nn.Module, split: Split, images_per_class: int) -> tuple[int, int]:
+    """Rightly classified images and images, over seeds 0, 1, … of every class of `split`."""
+    model.eval()
+    correct = 0
+    labels = list(range(len(CLASS_NAMES)))
+    for seed in range(images_per_class):
+        images, targets = make_batch(split, labels, [seed] * len(labels))
+        correct += int((model(images).argmax(dim=1) == targets).sum())
+    model.train()
+    return correct, images_per_class * len(labels)
+
+
+def train(model: nn.Module, steps: int, seed: int) -> None:
+    """Train in place, with a line of progress every 50 steps and validation every 250."""
+    optimizer = make_optimizer(model)
+    rng = np.random.default_rng(seed)
+    losses: list[float] = []
+    level = 0.0
+    start_s = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        labels = rng.integers(len(CLASS_NAMES), size=BATCH_SIZE).tolist()
+        seeds = rng.integers(2**48, size=BATCH_SIZE).tolist()
+        images, targets = make_batch("train", labels, seeds, difficulty=level, clutter=level)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        number_loss, digit_loss = cross_entropies(model(images), targets)
+        optimizer.zero_grad(set_to_none=True)
+        (number_loss + digit_loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+
+        losses.append(number_loss.item())
+        if np.mean(losses[-RECENT_STEPS:]) < ADVANCE_BELOW:
+            level = min(level + 1 / RAMP_STEPS, 1.0)
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == steps:
+            elapsed_s = time.perf_counter() - start_s
+            click.echo(
+                f"step {done:5d}/{steps}  loss {np.mean(losses[-LOG_EVERY:]):.3f}  "
+                f"curriculum {level:.2f}  "
+                f"{done * BATCH_SIZE / elapsed_s:.0f} images/s  "
+                f"{elapsed_s / done * (steps - done) / 60:.1f} min left"
+            )
+        if done % VALIDATE_EVERY == 0 or done == steps:
+            correct, total = count_correct(model, "validation", VALIDATION_PER_CLASS)
+            click.echo(f"validation accuracy {correct / total:.4f} ({correct} of {total})")
+
+
+@click.command()
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the weights (safetensors, float16).",
+)
+@click.option("--steps", default=1800, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option(
+    "--threads", default=2, show_default=True, type=click.IntRange(1), help="CPU threads."
+)
+def main(out: Path, steps: int, seed: int, threads: int) -> None:
+    """Train the demo model on two-digit-number images, test it once and write its weights."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = make_model()
+    train(model, steps, seed)
+
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)  # the test is of the rounded weights, which are what is shipped
+    correct, total = count_correct(model, "test", TEST_PER_CLASS)
+    click.echo(f"test accuracy {correct / total:.4f} ({correct} of {total})")
+    training = {
+        "steps": steps,
+        "seed": seed,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "betas": BETAS,
+        "weight_decay": WEIGHT_DECAY,
+        "label_smoothing": LABEL_SMOOTHING,
+        "clip_norm": CLIP_NORM,
+        "warmup_steps": WARMUP_STEPS,
+        "decay_share": DECAY_SHARE,
+        "ramp_steps": RAMP_STEPS,
+        "advance_below": ADVANCE_BELOW,
+        "threads": threads,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    metadata = {
+        "model_name": MODEL_NAME,
+        "model_args": json.dumps(MODEL_ARGS),
+        "mean": json.dumps(MEAN),
+        "std": json.dumps(STD),
+        "training": json.dumps(training),
+        "seed": str(seed),
+        "test_accuracy": f"{correct / total:.4f}",
+        "test_images": str(total),
+    }
+    save_file(weights, out, metadata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""How far a computed rank may lie from the exact one: a bracket derived from rounding errors.
+
+Ranks jump, so no tolerance on them says anything. `rank_bracket` says between which ranks every
+correct implementation must land.
+
+Derivation, for one row x and class c. Exact values: s_c = Σ_d x_d W'_cd, r = 1/√(var + eps),
+l_c = r s_c + b_c. Computed in an accumulator of unit roundoff v (2⁻²⁴ for float32, 2⁻⁵³ for
+float64) from a weight Ŵ rounded to the scoring dtype, of unit roundoff u, they become
+ŝ_c = s_c + e_c, r̂ = r(1 + ρ) and l̂_c = ((r̂ ŝ_c)(1 + ε₁) + b_c(1 + ε₂))(1 + ε₃), |εᵢ| ≤ v.
+
+A rank is decided by the order of l̂_c and l̂_y alone. Dividing all of a row by (1 + ρ) keeps that
+order, so the common factor r̂ matters through the bias only. What is left gives
+
+    δ_c = r (R_c + A_c) + 3v (|r s_c| + |b_c|) + (ρ + β) |b_c|
+
+and l_c − l_y > δ_c + δ_y proves that c is ranked before y, < −(δ_c + δ_y) that it is not. The
+ranks in between are open, exact ties among them. The parts:
+
+- R_c, rounding of the weight: |x|·|W'_c − Ŵ_c|, known exactly, plus 2v |x|·|W'_c| for an
+  implementation that keeps a float32 weight. The margin form rounds W'_c − W'_y, and the share of
+  c in that is 1.01 u |x|·|W'_c|, which exceeds the R_c of the plain form.
+- A_c, accumulation of D terms t_d = x_d W'_cd. For 16-bit inputs it is the worst case,
+  D·2v Σ|t_d|: products are exact, and 2v rather than v since tensor cores truncate [Fasi et al.
+  2021, "Numerical behavior of NVIDIA tensor cores"].
+  For float32 and float64 the worst case is met by no data and would be 30 times too wide, so the
+  errors are modelled as in [Higham & Mary 2019, "A new approach to probabilistic rounding error
+  analysis"]: independent of each other, with mean zero. Each addition errs by v times its partial
+  sum at most. A partial sum over any of the terms is at most |s_c| + λ/2 √(Σ t_d²), for their
+  order has nothing to do with their values (a sample without replacement has at most the variance
+  Σ t_d²/4). By Hoeffding's inequality A_c = λ v √(D+1) (|s_c| + λ/2 √(Σ t_d²)) is exceeded with
+  probability 2 exp(−λ²/2), 3·10⁻⁸ for λ = 6.
+- ρ, error of r̂: a sum of squares has relative error (D + 4) v at most, its mean's error enters
+  squared, and the root halves it: ρ = (D/2 + 8) v + ½ (D v mean|x|)² / var.
+- β, rounding of the margin form's product d_c to bfloat16: r d_c + b_c − b_y can change its sign
+  only where it is below u |r d_c|, so at most u/(1 − u) (|b_c| + |b_y|). Zero in the plain form.
+
+The exact values are themselves computed in float64, so A_c with v = 2⁻⁵³ comes on top.
+
+Shape letters: N images, T tokens, D width, C classes.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from classlens.kernels.class_space import ClassSpace
+
+LAMBDA = 6.0
+
+
+def logit_error(
+    x_TD: Float[Tensor, "T D"],
+    space: ClassSpace,
+    dtype: torch.dtype,
+    *,
+    margins: bool = False,
+) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T C"]]:
+    """Exact logits in float64 and the bound δ on the error of each, as the module derives it."""
+    x_TD, weight_CD, bias_C = x_TD.double(), space.weight_CD.double(), space.bias_C.double()
+    width = x_TD.shape[1]
+    half = dtype in (torch.float16, torch.bfloat16)
+    u = torch.finfo(dtype).eps / 2
+    v = u if dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+
+    var_T1 = x_TD.var(dim=1, keepdim=True, correction=0)
+    rstd_T1 = torch.rsqrt(var_T1 + space.eps)
+    sums_TC = x_TD @ weight_CD.T
+    magnitude_TC = x_TD.abs() @ weight_CD.abs().T
+    spread_TC = (x_TD.square() @ weight_CD.square().T).sqrt()
+
+    if margins:
+        rounding_TC = 1.01 * u * magnitude_TC
+    else:
+        rounded_CD = weight_CD.to(dtype).double()
+        rounding_TC = x_TD.abs() @ (weight_CD - rounded_CD).abs().T + 2 * v * magnitude_TC
+    partial_TC = LAMBDA * (width + 1) ** 0.5 * (sums_TC.abs() + LAMBDA / 2 * spread_TC)
+    accumulation_TC = width * 2 * v * magnitude_TC if half else v * partial_TC
+    accumulation_TC += 2**-53 * partial_TC
+    rho_T1 = (width / 2 + 8) * v + (width * v * x_TD.abs().mean(dim=1, keepdim=True)) ** 2 / (
+        2 * var_T1 + space.eps
+    )
+    beta = u / (1 - u) if margins else 0.0
+
+    logits_TC = rstd_T1 * sums_TC + bias_C
+    error_TC = (
+        rstd_T1 * (rounding_TC + accumulation_TC)
+        + 3 * v * ((rstd_T1 * sums_TC).abs() + bias_C.abs())
+        + (rho_T1 + beta) * bias_C.abs()
+    )
+    return logits_TC, error_TC
+
+
+def rank_bracket(
+    x: Float[Tensor, "N T D"],
+    space64: ClassSpace,
+    labels: Int[Tensor, " N"],
+    dtype: torch.dtype,
+    *,
+    margins: bool = False,
+) -> tuple[Int[Tensor, "N T"], Int[Tensor, "N T"]]:
+    """The lowest and the highest rank that a correct implementation may give each token.
+
+    Args:
+        x: [N, T, D] the values that were scored, exactly; any dtype.
+        space64: the float64 space. A space that was rounded and widened again (say
+            ``space.to(dtype=torch.float16).to(dtype=torch.float64)``) gives the narrower bracket
+            about the rounded model.
+        labels: [N] in [0, C).
+        dtype: scored in this dtype: that of ``x`` and, or a wider one, of the weight.
+        margins: whether `label_margins` may have been used; the bracket then holds for both forms.
+
+    Returns:
+        (lo, hi), [N, T] int32 each: lo = #{c ≠ y : l_c − l_y > δ_c + δ_y} and
+        hi = #{c ≠ y : l_c − l_y ≥ −(δ_c + δ_y)}; both C where the row is invalid.
+    """
+    num_classes = space64.num_classes
+    lo_NT = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    hi_NT = torch.empty_like(lo_NT)
+    for n, label in enumerate(labels.tolist()):
+        logits_TC, error_TC = logit_error(x[n], space64, dtype, margins=margins)
+        gap_TC = logits_TC - logits_TC[:, label : label + 1]
+        slack_TC = error_TC + error_TC[:, label : label + 1]
+        invalid_T = ~torch.isfinite(gap_TC[:, label])
+        lo_T = (gap_TC > slack_TC).sum(dim=1)
+        hi_T = (gap_TC >= -slack_TC).sum(dim=1) - 1  # less the label itself
+        lo_NT[n] = lo_T.masked_fill(invalid_T, num_classes)
+        hi_NT[n] = hi_T.masked_fill(invalid_T, num_classes)
+    return lo_NT, hi_NT
