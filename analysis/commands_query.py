@@ -70,6 +70,7 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
     import polars as pl
 
     from classlens.analysis.scan import scan, scan_images
+    from classlens.analysis.source import scan_table
     from classlens.extractor.schema import CLASSES_FILE
 
     if form == "parquet" and out is None:
@@ -77,7 +78,7 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
     tables = {
         "scores": scan(store),
         "images": scan_images(store),
-        "classes": pl.scan_parquet(store / CLASSES_FILE),
+        "classes": scan_table(store, CLASSES_FILE),
     }
     try:
         answer = pl.SQLContext(tables).execute(sql, eager=False)

@@ -29,7 +29,8 @@ BAR_WIDTH = 220
 # The converter measures text in Liberation Sans; these have its widths.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
-LINES = {"model": [1, 0], "control (random weights)": [6, 3], "chance": [1.5, 3]}
+LINES = {"model": "model", "control": "control (random weights)", "chance": "chance"}
+DASHES = {"model": [1, 0], "control": [6, 3], "chance": [1.5, 3]}
 
 
 def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
@@ -43,13 +44,12 @@ def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
         "rate": ["image tokens with rank 0, mean over images (%)", "tick: chance"],
         "images": ["images with at least one such token (%)"],
     }
-    color = _source_color(STREAM_COLORS["resid"])
+    color = _color({"resid": "model"})
     panels = []
     for measure, title in titles.items():
         names = alt.Axis(labelLimit=320) if not panels else None
-        base = alt.Chart(_with_interval_text(rates, measure)).encode(
-            y=alt.Y("name:N", title=None, sort=None, axis=names)
-        )
+        rows = _with_interval_text(rates, measure).with_columns(color="source")
+        base = alt.Chart(rows).encode(y=alt.Y("name:N", title=None, sort=None, axis=names))
         layers = [
             base.mark_bar(height={"band": 0.55}).encode(
                 x=alt.X(
@@ -72,7 +72,7 @@ def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
     return _styled(alt.hconcat(*panels, spacing=32))
 
 
-def evolution_chart(evolution: pl.DataFrame) -> alt.VConcatChart:
+def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
     """Mean identifiability over blocks, a row for CLS and image tokens, a column for each stream.
 
     Args:
@@ -80,24 +80,50 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.VConcatChart:
             the tokens; a star marks blocks above the control (q < 0.05, p where there is no q).
     """
     streams = evolution["stream"].unique(maintain_order=True).to_list()
-    groups = [g for g in GROUP_TITLES if g in evolution["group"].to_list()]
-    rows = []
-    for group in groups:
-        cells = [
-            _evolution_panel(
-                evolution.filter((pl.col("stream") == stream) & (pl.col("group") == group)),
-                stream,
-                title=STREAM_TITLES[stream] if group == groups[0] else None,
-                y_title=[GROUP_TITLES[group], "identifiability r"]
-                if stream == streams[0]
-                else None,
-                x_title="block (0-based)" if group == groups[-1] else None,
-            )
-            for stream in streams
-        ]
-        row = alt.hconcat(*cells, spacing=16)
-        rows.append(row.resolve_scale(color="independent"))
-    return _styled(alt.vconcat(*rows, spacing=12))
+    groups = [group for group in GROUP_TITLES if group in evolution["group"].to_list()]
+    star = _significant() if "p_value" in evolution.columns else pl.lit(False)
+    rows = _with_chance(evolution.with_columns(star=star), "mean").select(
+        pl.col("stream").replace(STREAM_TITLES),
+        pl.col("group").replace(GROUP_TITLES),
+        pl.when(pl.col("source") == "model").then("stream").otherwise("source").alias("color"),
+        *("block", "mean", "q25", "q75", "star", "line"),
+    )
+    scale = alt.Scale(domain=[0, 1.08], nice=False)
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
+    y = alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
+    base = alt.Chart().encode(x=_blocks(evolution), color=_color({s: s for s in streams}))
+    panel = alt.layer(
+        base.mark_area(opacity=0.22)
+        .encode(y=alt.Y("q25:Q", title="identifiability r"), y2="q75:Q")
+        .transform_filter(alt.datum.line == LINES["model"]),
+        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
+        base.mark_circle(size=25, opacity=1)
+        .encode(y=y)
+        .transform_filter(alt.datum.line != LINES["chance"]),
+        alt.Chart()
+        .mark_text(text="★", fontSize=9, color=CONTROL_COLOR)
+        .encode(x=_blocks(evolution), y=alt.datum(1.05))
+        .transform_filter(alt.datum.star),
+        data=rows,
+    ).properties(width=262, height=175)
+    titles = {"labelFontSize": 13, "labelColor": "#222", "labelPadding": 6}
+    return _styled(
+        panel.facet(
+            column=alt.Column(
+                "stream:N",
+                title=None,
+                sort=[STREAM_TITLES[stream] for stream in streams],
+                header=alt.Header(**titles, labelFontWeight=600),
+            ),
+            row=alt.Row(
+                "group:N",
+                title=None,
+                sort=[GROUP_TITLES[group] for group in groups],
+                header=alt.Header(**titles, labelFontWeight=600),
+            ),
+            spacing=14,
+        )
+    )
 
 
 def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
@@ -106,20 +132,19 @@ def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
     Args:
         change_rate: one store's ``IdentifiabilityResult.change_rate``.
     """
-    frame = change_rate.with_columns(line=_line_names())
-    base = alt.Chart(frame).encode(x=_blocks(change_rate, "block (0-based)"))
-    y = alt.Y(
-        "change_rate:Q",
-        title="share of image tokens rising",
-        scale=alt.Scale(domain=[0, 1]),
+    rows = _with_chance(change_rate, "change_rate")
+    base = alt.Chart(rows.with_columns(color="source")).encode(
+        x=_blocks(change_rate), color=_color({"resid": "model"})
     )
-    color = _source_color(STREAM_COLORS["resid"])
+    title = "share of image tokens rising"
+    y = alt.Y("change_rate:Q", title=title, scale=alt.Scale(domain=[0, 1]))
     return _styled(
         alt.layer(
-            _chance(0.5),
-            base.mark_area(opacity=0.25).encode(y="low:Q", y2="high:Q", color=color),
-            base.mark_line(strokeWidth=2).encode(y=y, color=color, strokeDash=_dashes(frame)),
-            base.mark_circle(size=40, opacity=1).encode(y=y, color=color),
+            base.mark_area(opacity=0.25).encode(y=alt.Y("low:Q", title=title), y2="high:Q"),
+            base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
+            base.mark_circle(size=40, opacity=1)
+            .encode(y=y)
+            .transform_filter(alt.datum.line != LINES["chance"]),
         ).properties(width=400, height=230)
     )
 
@@ -136,7 +161,7 @@ def context_chart(context: pl.DataFrame) -> alt.LayerChart:
         significance=pl.when(_significant()).then(pl.lit(signs[0])).otherwise(pl.lit(signs[1]))
     )
     color = STREAM_COLORS["resid"]
-    base = alt.Chart(frame).encode(x=_blocks(context, "block (0-based)"))
+    base = alt.Chart(frame).encode(x=_blocks(context))
     y = alt.Y("delta:Q", title="Δ identifiability r, class − context")
     fill = alt.Fill(
         "significance:N",
@@ -169,70 +194,50 @@ def to_svg(chart: Any, description: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
 
 
-def _evolution_panel(
-    cell: pl.DataFrame,
-    stream: str,
-    *,
-    title: str | None,
-    y_title: list[str] | None,
-    x_title: str | None,
-) -> Any:
-    frame = cell.with_columns(line=_line_names())
-    model = frame.filter(pl.col("source") == "model")
-    scale = alt.Scale(domain=[0, 1.08], nice=False)
-    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6, labels=y_title is not None)
-    y = alt.Y("mean:Q", title=y_title, scale=scale, axis=axis)
-    base = alt.Chart(frame).encode(x=_blocks(cell, x_title))
-    color = _source_color(STREAM_COLORS[stream])
-    layers = [
-        _chance(0.5),
-        alt.Chart(model)
-        .mark_area(opacity=0.22, color=STREAM_COLORS[stream])
-        .encode(x=_blocks(cell, x_title), y=alt.Y("q25:Q", scale=scale), y2="q75:Q"),
-        base.mark_line(strokeWidth=2).encode(y=y, color=color, strokeDash=_dashes(frame)),
-        base.mark_circle(size=25, opacity=1).encode(y=y, color=color),
-    ]
-    if "p_value" in model.columns:
-        stars = alt.Chart(model.filter(_significant())).encode(x=_blocks(cell, x_title))
-        layers.append(
-            stars.mark_text(text="★", fontSize=9, color=CONTROL_COLOR).encode(y=alt.datum(1.05))
-        )
-    return alt.layer(*layers).properties(width=262, height=175, title=title or "")
+def _with_chance(frame: pl.DataFrame, measure: str) -> pl.DataFrame:
+    """Rows of a line at 0.5 added as source "chance", and ``line``, the name in the legend."""
+    same = frame.filter(pl.col("source") == "model").select(
+        pl.lit("chance").alias("source"),
+        pl.lit(0.5).alias(measure),
+        *(name for name in ("stream", "group", "block") if name in frame.columns),
+    )
+    rows = pl.concat([frame, same], how="diagonal")
+    return rows.with_columns(line=pl.col("source").replace(LINES))
 
 
-def _blocks(frame: pl.DataFrame, title: str | None) -> alt.X:
+def _blocks(frame: pl.DataFrame) -> alt.X:
     blocks = sorted(set(frame["block"].to_list()))
-    first, last = blocks[0], blocks[-1]
-    values = blocks if len(blocks) <= 12 else blocks[::2]
     return alt.X(
         "block:Q",
-        title=title,
-        scale=alt.Scale(domain=[first - 0.3, last + 0.3], nice=False),
-        axis=alt.Axis(values=values, format="d", grid=False, labels=title is not None),
+        title="block (0-based)",
+        scale=alt.Scale(domain=[blocks[0] - 0.3, blocks[-1] + 0.3], nice=False),
+        axis=alt.Axis(
+            values=blocks if len(blocks) <= 12 else blocks[::2],
+            tickCount=len(blocks),
+            format="d",
+            grid=False,
+        ),
     )
 
 
-def _line_names() -> pl.Expr:
-    model, control, _ = LINES
-    return pl.when(pl.col("source") == "model").then(pl.lit(model)).otherwise(pl.lit(control))
-
-
-def _dashes(frame: pl.DataFrame) -> alt.StrokeDash:
-    shown = [name for name in LINES if name == "chance" or name in frame["line"].to_list()]
+def _dash(rows: pl.DataFrame) -> alt.StrokeDash:
+    shown = [source for source, line in LINES.items() if line in rows["line"].to_list()]
     return alt.StrokeDash(
         "line:N",
         title=None,
-        scale=alt.Scale(domain=shown, range=[LINES[name] for name in shown]),
+        scale=alt.Scale(
+            domain=[LINES[source] for source in shown], range=[DASHES[source] for source in shown]
+        ),
         legend=alt.Legend(symbolType="stroke", symbolSize=400, symbolStrokeColor="#444444"),
     )
 
 
-def _source_color(model: str) -> alt.Color:
-    return alt.Color("source:N", scale=_source_scale(model), legend=None)
-
-
-def _source_scale(model: str) -> alt.Scale:
-    return alt.Scale(domain=["model", "control"], range=[model, CONTROL_COLOR])
+def _color(streams: dict[str, str]) -> alt.Color:
+    """Colour by the field ``color``: a stream's value of it, "control" or "chance"."""
+    colors = {value: STREAM_COLORS[stream] for stream, value in streams.items()}
+    colors |= {"control": CONTROL_COLOR, "chance": CHANCE_COLOR}
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
+    return alt.Color("color:N", scale=scale, legend=None)
 
 
 def _with_interval_text(rates: pl.DataFrame, measure: str) -> pl.DataFrame:
@@ -240,13 +245,6 @@ def _with_interval_text(rates: pl.DataFrame, measure: str) -> pl.DataFrame:
     return rates.with_columns(
         interval=pl.Series([f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in numbers])
     )
-
-
-def _chance(value: float) -> alt.Chart:
-    rule = alt.Chart(pl.DataFrame({"chance": [value]})).mark_rule(
-        color=CHANCE_COLOR, strokeDash=LINES["chance"], strokeWidth=1.5
-    )
-    return rule.encode(y="chance:Q")
 
 
 def _significant() -> pl.Expr:

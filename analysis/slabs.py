@@ -181,7 +181,7 @@ def rectangles(blocks: np.ndarray, streams: np.ndarray) -> list[np.ndarray]:
     edges = np.flatnonzero((np.diff(blocks) != 0) | (np.diff(streams) != 1)) + 1
     by_streams: dict[tuple[int, int], list[np.ndarray]] = {}
     for row in np.split(np.arange(len(blocks)), edges):
-        by_streams.setdefault((streams[row[0]], streams[row[-1]]), []).append(row)
+        by_streams.setdefault((int(streams[row[0]]), int(streams[row[-1]])), []).append(row)
     return [
         np.concatenate(rows[run])
         for rows in by_streams.values()

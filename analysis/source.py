@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +115,12 @@ class ScoreSource:
         n_rows: int | None,
         batch_size: int | None,
     ) -> Iterator[pl.DataFrame]:
-        """Of the first ``n_rows`` rows those that satisfy the predicate, in parts."""
+        """Of the first ``n_rows`` rows those that satisfy the predicate, in parts.
+
+        ``batch_size``, a hint, is not used: Polars cuts larger frames itself.
+        """
         names = list(score_schema(self.layout)) if with_columns is None else with_columns
-        # Polars before 2.0 asks for no column when it only counts; a frame needs one to have rows.
+        # Older Polars asks for no column when it only counts; a frame needs one to have rows.
         names = names or ["image"]
         used = {*names, *(predicate.meta.root_names() if predicate is not None else ())}
         # n_rows counts rows before the filter, so none may be pruned under the count.
@@ -132,11 +136,15 @@ class ScoreSource:
         reader = SlabReader(self.store, self.layout, tokens["token"].to_numpy(), paths)
         left = n_rows
         for piece, values in read_ahead(lambda piece: reader.read(piece.slabs), pieces, READ_AHEAD):
-            whole = self.frame(piece, tokens, values, used)
-            for part in whole.iter_slices(limit):
-                yield finished(part, left, predicate, names)
+            # Several frames only where a single cell has more rows than the limit.
+            step = max(1, limit // (piece.cells.height * tokens.height))
+            for start in range(0, piece.images.height, step):
+                span = slice(start, start + step)
+                part = {path: array[..., span, :] for path, array in values.items()}
+                frame = self.frame(piece.images[span], piece.cells, tokens, part, used)
+                yield finished(frame, left, predicate, names)
                 if left is not None:
-                    left -= part.height
+                    left -= frame.height
                     if left <= 0:
                         return
 
@@ -158,9 +166,8 @@ class ScoreSource:
                 values = read_image_array(self.store, layout, f"images/{name}", places)
                 grid = grid.with_columns(pl.Series(name, values))
         if "key" in used:
-            keys = pl.scan_parquet(self.store / schema.MANIFEST_FILE).select(
-                pl.col("image").cast(pl.Int32), "key"
-            )
+            manifest = scan_table(self.store, schema.MANIFEST_FILE)
+            keys = manifest.select(pl.col("image").cast(pl.Int32), "key")
             grid = grid.lazy().join(keys, on="image", how="left", maintain_order="left").collect()
         return prune(grid, terms)
 
@@ -185,16 +192,20 @@ class ScoreSource:
 
     def frame(
         self,
-        piece: Piece,
+        images: pl.DataFrame,
+        cells: pl.DataFrame,
         tokens: pl.DataFrame,
         values: dict[str, np.ndarray],
         used: set[str],
     ) -> pl.DataFrame:
-        """The columns in ``used`` of every (cell, image, token) of a piece, in this order."""
-        C, I, T = piece.cells.height, piece.images.height, tokens.height  # noqa: E741
+        """The columns in ``used`` of every (cell, image, token), in this order.
+
+        values: by array path, [C, I, T], or [I, T] for the mask fraction.
+        """
+        C, I, T = cells.height, images.height, tokens.height  # noqa: E741
         columns = [
-            *tiled(each_repeated(piece.images, used, T), C),
-            *each_repeated(piece.cells, used, I * T),
+            *tiled(each_repeated(images, used, T), C),
+            *each_repeated(cells, used, I * T),
             *tiled(each_repeated(tokens, used, 1), C * I),
         ]
         for name, path in score_paths(self.layout).items():
@@ -248,13 +259,27 @@ def token_grid(layout: schema.Layout) -> pl.DataFrame:
     )
 
 
+def scan_table(store: Path, name: str) -> pl.LazyFrame:
+    """One of the store's Parquet tables.
+
+    Raises:
+        StoreError: it is missing.
+    """
+    if not (store / name).is_file():
+        raise StoreError(
+            f"{store} lacks {name}, which is written once, when a store is made; copy it back or "
+            "extract into a new folder."
+        )
+    return pl.scan_parquet(store / name)
+
+
 def manifest_frame(store: Path, layout: schema.Layout) -> pl.DataFrame:
     """All rows of ``scan_images``."""
     committed = schema.committed_units(store)
     frame = (
-        pl.scan_parquet(store / schema.MANIFEST_FILE)
+        scan_table(store, schema.MANIFEST_FILE)
         .filter(pl.col("unit").is_in(committed))
-        .join(pl.scan_parquet(store / schema.UNITS_FILE).select("unit", "shard"), on="unit")
+        .join(scan_table(store, schema.UNITS_FILE).select("unit", "shard"), on="unit")
         .with_columns(pl.col("image").cast(pl.Int32))
         .sort("image")
         .collect()
@@ -314,7 +339,13 @@ def each_repeated(grid: pl.DataFrame, used: set[str], times: int) -> list[pl.Ser
 
 def tiled(columns: list[pl.Series], times: int) -> list[pl.Series]:
     """The columns, all of each ``times`` times over."""
-    return [pl.concat([column] * times, rechunk=True) for column in columns]
+    # In two steps, for it is slow to append very many short columns to each other.
+    inner = isqrt(times)
+    outer, rest = divmod(times, inner)
+    return [
+        pl.concat([*[pl.concat([column] * inner)] * outer, *[column] * rest], rechunk=True)
+        for column in columns
+    ]
 
 
 def finished(

@@ -24,11 +24,14 @@ ranks in between are open, exact ties among them. The parts:
   2021, "Numerical behavior of NVIDIA tensor cores"].
   For float32 and float64 the worst case is met by no data and would be 30 times too wide, so the
   errors are modelled as in [Higham & Mary 2019, "A new approach to probabilistic rounding error
-  analysis"]: independent of each other, with mean zero. Each addition errs by v times its partial
-  sum at most. A partial sum over any of the terms is at most |s_c| + λ/2 √(Σ t_d²), for their
-  order has nothing to do with their values (a sample without replacement has at most the variance
-  Σ t_d²/4). By Hoeffding's inequality A_c = λ v √(D+1) (|s_c| + λ/2 √(Σ t_d²)) is exceeded with
-  probability 2 exp(−λ²/2), 3·10⁻⁸ for λ = 6.
+  analysis"]: independent of each other, with mean zero. An addition errs by v times its result at
+  most, a partial sum of m terms; by Hoeffding's inequality all D together exceed
+  λ v √(Σ partial sums²) with probability 2 exp(−λ²/2), 3·10⁻⁸ for λ = 6. The order of the terms
+  has nothing to do with their values, so a partial sum is a sample without replacement: its mean
+  is (m/D) s_c, its variance at most Q m (D − m)/D² with Q = Σ t_d². It strays from its mean by
+  less than λ standard deviations. Summed over the additions of a chain, the worst of all orders,
+  Σ (m/D)² ≤ (D + 2)/3 and Σ m (D − m)/D² ≤ D/6, which gives
+  A_c = λ v √(D + 2) (|s_c| √⅓ + λ √(Q/6)).
 - ρ, error of r̂: a sum of squares has relative error (D + 4) v at most, its mean's error enters
   squared, and the root halves it: ρ = (D/2 + 8) v + ½ (D v mean|x|)² / var.
 - β, rounding of the margin form's product d_c to bfloat16: r d_c + b_c − b_y can change its sign
@@ -73,7 +76,8 @@ def logit_error(
     else:
         rounded_CD = weight_CD.to(dtype).double()
         rounding_TC = x_TD.abs() @ (weight_CD - rounded_CD).abs().T + 2 * v * magnitude_TC
-    partial_TC = LAMBDA * (width + 1) ** 0.5 * (sums_TC.abs() + LAMBDA / 2 * spread_TC)
+    partial_TC = sums_TC.abs() / 3**0.5 + LAMBDA / 6**0.5 * spread_TC
+    partial_TC *= LAMBDA * (width + 2) ** 0.5
     accumulation_TC = width * 2 * v * magnitude_TC if half else v * partial_TC
     accumulation_TC += 2**-53 * partial_TC
     rho_T1 = (width / 2 + 8) * v + (width * v * x_TD.abs().mean(dim=1, keepdim=True)) ** 2 / (

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.reference import ClassScores, compute_dtype
+from classlens.kernels.reference import ClassScores, compute_dtype, row_variance
 
 # 1024 × 1000 float32 logits are 4 MB; on a GPU a chunk must fill the machine.
 ROWS_PER_CHUNK = 1024
@@ -100,9 +100,7 @@ def row_rstd(
     x_MD: Float[Tensor, "M D"], eps: float
 ) -> tuple[Float[Tensor, "M 1"], Bool[Tensor, " M"]]:
     """``1 / sqrt(var + eps)`` of each row, and whether its variance is finite."""
-    # Two passes by hand: torch.var is one-pass and eight times slower on a CPU.
-    centred_MD = x_MD - x_MD.mean(dim=1, keepdim=True)
-    var_M1 = centred_MD.square_().mean(dim=1, keepdim=True)
+    var_M1 = row_variance(x_MD)
     return torch.rsqrt(var_M1 + eps), torch.isfinite(var_M1[:, 0])
 
 

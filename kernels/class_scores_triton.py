@@ -39,7 +39,7 @@ def choose_tile(dtype: torch.dtype, topk: int) -> Tile:
     The 64-bit keys of the top-k take registers from the accumulator, and more so for k > 1.
     """
     if dtype == torch.float32:
-        return Tile(block_t=32, block_c=64, block_d=32, num_warps=4, num_stages=2)
+        return Tile(block_t=64, block_c=64, block_d=16, num_warps=8, num_stages=2)
     if topk > 1:
         return Tile(block_t=64, block_c=64, block_d=64, num_warps=8, num_stages=3)
     if topk == 1:

@@ -1,6 +1,7 @@
 """Train the demo model: `python -m classlens.bench.demo.train --out FILE`."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -30,10 +31,11 @@ DECAY_SHARE = 0.4
 # variation and clutter grow by 1/RAMP_STEPS in every step whose recent loss is below ADVANCE_BELOW.
 RAMP_STEPS = 400
 ADVANCE_BELOW = 2.5
-RECENT_STEPS = 20
+SMOOTHING = 0.9
 
 LOG_EVERY = 50
 VALIDATE_EVERY = 250
+CHECKPOINT_EVERY = 100
 VALIDATION_PER_CLASS = 5
 TEST_PER_CLASS = 50
 
@@ -115,15 +117,20 @@ def count_correct(model: nn.Module, split: Split, images_per_class: int) -> tupl
     return correct, images_per_class * len(labels)
 
 
-def train(model: nn.Module, steps: int, seed: int) -> None:
-    """Train in place, with a line of progress every 50 steps and validation every 250."""
+def train(model: nn.Module, steps: int, seed: int, checkpoint: Path) -> None:
+    """Train in place, going on from `checkpoint` where there is one; it is rewritten on the way."""
     optimizer = make_optimizer(model)
-    rng = np.random.default_rng(seed)
-    losses: list[float] = []
-    level = 0.0
+    first_step, level, recent_loss = 0, 0.0, math.log(len(CLASS_NAMES))
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, level, recent_loss = state["done"], state["level"], state["recent_loss"]
+        click.echo(f"going on from step {first_step} of {checkpoint}")
     start_s = time.perf_counter()
     model.train()
-    for step in range(steps):
+    for step in range(first_step, steps):
+        rng = np.random.default_rng([seed, step])
         labels = rng.integers(len(CLASS_NAMES), size=BATCH_SIZE).tolist()
         seeds = rng.integers(2**48, size=BATCH_SIZE).tolist()
         images, targets = make_batch("train", labels, seeds, difficulty=level, clutter=level)
@@ -135,21 +142,30 @@ def train(model: nn.Module, steps: int, seed: int) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
 
-        losses.append(number_loss.item())
-        if np.mean(losses[-RECENT_STEPS:]) < ADVANCE_BELOW:
+        recent_loss = SMOOTHING * recent_loss + (1 - SMOOTHING) * number_loss.item()
+        if recent_loss < ADVANCE_BELOW:
             level = min(level + 1 / RAMP_STEPS, 1.0)
         done = step + 1
         if done % LOG_EVERY == 0 or done == steps:
-            elapsed_s = time.perf_counter() - start_s
+            step_s = (time.perf_counter() - start_s) / (done - first_step)
             click.echo(
-                f"step {done:5d}/{steps}  loss {np.mean(losses[-LOG_EVERY:]):.3f}  "
-                f"curriculum {level:.2f}  "
-                f"{done * BATCH_SIZE / elapsed_s:.0f} images/s  "
-                f"{elapsed_s / done * (steps - done) / 60:.1f} min left"
+                f"step {done:5d}/{steps}  loss {recent_loss:.3f}  curriculum {level:.2f}  "
+                f"{BATCH_SIZE / step_s:.0f} images/s  {step_s * (steps - done) / 60:.1f} min left"
             )
         if done % VALIDATE_EVERY == 0 or done == steps:
             correct, total = count_correct(model, "validation", VALIDATION_PER_CLASS)
             click.echo(f"validation accuracy {correct / total:.4f} ({correct} of {total})")
+        if done % CHECKPOINT_EVERY == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "done": done,
+                "level": level,
+                "recent_loss": recent_loss,
+            }
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(checkpoint)
 
 
 @click.command()
@@ -159,18 +175,22 @@ def train(model: nn.Module, steps: int, seed: int) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the weights (safetensors, float16).",
 )
-@click.option("--steps", default=1800, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=2600, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option(
-    "--threads", default=2, show_default=True, type=click.IntRange(1), help="CPU threads."
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads."
 )
 def main(out: Path, steps: int, seed: int, threads: int) -> None:
-    """Train the demo model on two-digit-number images, test it once and write its weights."""
+    """Train the demo model on two-digit-number images, test it once and write its weights.
+
+    A run that was stopped goes on from its checkpoint, which lies beside FILE until the end.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     model = make_model()
-    train(model, steps, seed)
+    checkpoint = out.with_suffix(".checkpoint")
+    train(model, steps, seed, checkpoint)
 
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     model.load_state_dict(weights)  # the test is of the rounded weights, which are what is shipped
@@ -204,6 +224,7 @@ def main(out: Path, steps: int, seed: int, threads: int) -> None:
         "test_images": str(total),
     }
     save_file(weights, out, metadata)
+    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

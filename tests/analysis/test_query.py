@@ -139,6 +139,14 @@ def test_a_damaged_store_has_its_own_exit_code(own_store, tmp_path, monkeypatch,
     assert [p.name for p in tmp_path.iterdir()] == ["store"]
 
 
+@pytest.mark.parametrize("table", ["manifest", "units", "classes"])
+def test_a_missing_table_is_named(own_store, table):
+    (own_store.path / f"{table}.parquet").unlink()
+    result = run("query", own_store.path, "SELECT key, shard FROM images")
+    assert result.exit_code == 6
+    assert f"lacks {table}.parquet" in result.stderr
+
+
 def test_no_store(tmp_path):
     assert run("query", tmp_path, RATE).exit_code == 6
     assert run("query", tmp_path / "nothing", RATE).exit_code == 2

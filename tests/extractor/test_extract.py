@@ -69,7 +69,13 @@ def check_store(settings, shards, out):
     for block in range(subject.blocks):
         for place, stream in enumerate(settings.streams):
             x = sites[block, stream].double()
-            low, high = rank_bracket(x, subject.space, labels, DTYPES[settings.dtype])
+            low, high = rank_bracket(
+                x,
+                subject.space,
+                labels,
+                DTYPES[settings.dtype],
+                margins=settings.dtype == "bfloat16",
+            )
             ours = torch.from_numpy(rank[:, block, place].astype(np.int32))
             assert ((low <= ours) & (ours <= high)).all()
             logits = logits_reference(x, subject.space)
