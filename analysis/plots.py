@@ -81,11 +81,12 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
     """
     streams = evolution["stream"].unique(maintain_order=True).to_list()
     groups = [group for group in GROUP_TITLES if group in evolution["group"].to_list()]
-    star = _significant() if "p_value" in evolution.columns else pl.lit(False)
+    is_model = pl.col("source") == "model"
+    star = is_model & _significant() if "p_value" in evolution.columns else pl.lit(False)
     rows = _with_chance(evolution.with_columns(star=star), "mean").select(
         pl.col("stream").replace(STREAM_TITLES),
         pl.col("group").replace(GROUP_TITLES),
-        pl.when(pl.col("source") == "model").then("stream").otherwise("source").alias("color"),
+        pl.when(is_model).then("stream").otherwise("source").alias("color"),
         *("block", "mean", "q25", "q75", "star", "line"),
     )
     scale = alt.Scale(domain=[0, 1.08], nice=False)

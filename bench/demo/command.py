@@ -66,8 +66,8 @@ def demo(out: Path) -> None:
         page = write_report([out / "model"], out / "report.html", out / "random-weights")
     click.echo(f"\nOpen {page} in a browser. Ask further questions:")
     click.echo(
-        f'  classlens query {out / "model"} "SELECT block, AVG(identifiability) AS mean FROM scores '
-        "WHERE stream = 'attn' AND kind = 'patch' GROUP BY block ORDER BY block\""
+        f'  classlens query {out / "model"} "SELECT block, AVG(identifiability) AS mean '
+        "FROM scores WHERE stream = 'attn' AND kind = 'patch' GROUP BY block ORDER BY block\""
     )
 
 

@@ -212,8 +212,8 @@ def test_pictures_show_the_image_its_tokens_and_its_mask(store):
                 dot = f"M{token['col']}.5 {token['row']}.5h0"
                 assert (dot in shown.identified[stream][token["block"]]) == (token["rank"] == 0)
         resid = tokens.filter(pl.col("stream") == "resid")
-        shares = resid.group_by("block").agg(100 * (pl.col("rank") == 0).mean()).sort("block")
-        assert shown.shares == pytest.approx(shares["rank"].to_list())
+        shares = resid.group_by("block").agg(share=100 * (pl.col("rank") == 0).mean())
+        assert shown.shares == pytest.approx(shares.sort("block")["share"].to_list())
         inside = resid.filter(pl.col("block") == 0)["mask_fraction"].to_numpy().reshape(GRID) >= 0.5
         assert shown.outline == plain_outline(inside)
 

@@ -41,7 +41,7 @@ def test_catches_logits_rounded_to_bfloat16() -> None:
     rounded = logits_reference(x, own).bfloat16().float()
     label_logit = rounded[torch.arange(2), :, labels][..., None]
     rank_after_ties = (rounded >= label_logit).sum(dim=-1) - 1
-    assert ((rank_after_ties > hi) | (rank_after_ties < lo)).double().mean() > 0.1
+    assert ((rank_after_ties > hi) | (rank_after_ties < lo)).any()
 
 
 def test_catches_a_label_logit_from_another_accumulator() -> None:
