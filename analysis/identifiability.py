@@ -4,7 +4,7 @@ Functions take the lazy frame of :func:`classlens.analysis.scan` and return smal
 0-based. ``convention`` is ``corrected`` (what the paper means) or ``vilas2023`` (what its published
 code computes) and stands in a column of every result that depends on it.
 
-Memory: one block of one stream, or one batch of images, is held at a time.
+Memory: one batch of images is held at a time, and a few numbers of every image.
 
 Shape letters: N images, n images of one batch, B blocks, G image tokens.
 """
@@ -139,7 +139,8 @@ def context(
     Δ = mean identifiability of class-labelled image tokens − that of the others, over the tokens of
     all images of the frame. ``corrected``: labels shuffled within images, p = (1+#)/(1+n),
     Benjamini–Hochberg q-values over blocks. ``vilas2023``: 300 shuffles pooled over images,
-    p = #{Δ < Δ_perm}/300, no q-values. One-sided: small p says that class tokens are ahead.
+    p = #{Δ < Δ_perm}/300, no q-values. One-sided: small p says that class tokens are ahead. Mask
+    fractions are the store's in both; their squashed masks need ``extract --geometry squash``.
 
     Args:
         frame: images with a segmentation mask.
@@ -230,14 +231,13 @@ class IdentifiabilityResult:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping: settings and counts, and each frame as a list of rows."""
-        return {
-            name: value.to_dicts()
-            if isinstance(value, pl.DataFrame)
-            else str(value)
-            if isinstance(value, Path)
-            else value
-            for name, value in vars(self).items()
-        }
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, pl.DataFrame):
+                return value.to_dicts()
+            return str(value) if isinstance(value, Path) else value
+
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def analyze_identifiability(
@@ -258,7 +258,8 @@ def analyze_identifiability(
 
     Raises:
         StoreError: a path is no store.
-        UsageError: nothing is scored yet, or the control has other images, blocks or tokens.
+        UsageError: nothing is scored yet, there is no residual stream, or the control has other
+            images, blocks or tokens.
     """
     store = Path(store)
     images = scan_images(store).select("image", "key", "status").collect()
@@ -266,6 +267,11 @@ def analyze_identifiability(
     if scored.is_empty():
         raise UsageError(f"{store} has no scored image yet; run `classlens extract` to its end.")
     layout = read_layout(store)
+    if "resid" not in layout.streams:
+        raise UsageError(
+            f"{store} holds {', '.join(layout.streams)} only, and identifiability is read in the "
+            "residual stream; extract a store with `--streams` that include resid."
+        )
     sources = {"model": store}
     if control is not None:
         control = Path(control)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import Sample
+from samples import Sample
 
 from classlens.cli import COMMANDS, cli
 

@@ -117,11 +117,12 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
             f"Line charts of mean identifiability over the blocks of {name}; the numbers of the "
             "residual stream are in the table below.",
         ),
-        "change_rate": _figure(
+    }
+    if not result.change_rate.is_empty():
+        charts["change_rate"] = _figure(
             plots.change_rate_chart(result.change_rate),
             f"Line chart of the block change rate of {name}; the numbers are in the table below.",
-        ),
-    }
+        )
     if not result.context.is_empty():
         charts["context"] = _figure(
             plots.context_chart(result.context),

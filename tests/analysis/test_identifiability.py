@@ -307,3 +307,15 @@ def test_a_store_without_scores_is_refused(tmp_path):
     empty = write_store(tmp_path / "empty", layout, [2], uncommitted=(0,))
     with pytest.raises(UsageError, match="no scored image yet"):
         analyze_identifiability(empty.path)
+
+
+def test_a_store_without_the_residual_stream_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="`--streams` that include resid"):
+        analyze_identifiability(make_store(tmp_path, seed=0, streams=("attn", "mlp")).path)
+
+
+def test_a_model_of_one_block_has_no_change_rate(tmp_path):
+    store = make_store(tmp_path, seed=0, blocks=1)
+    result = analyze_identifiability(store.path, permutations=9)
+    assert result.change_rate.is_empty()
+    assert result.evolution["block"].unique().to_list() == [0]

@@ -45,11 +45,9 @@ def page(store, control, tmp_path_factory):
     return write_report([store.path], out, control.path, n_images=5, permutations=20).read_text()
 
 
-def make_store(path, seed, *, masks=True, prefix_kinds=("cls",), shards=True):
+def make_store(path, seed, *, shards=True, **layout):
     """A synthetic store with the attributes of a real one and, if wanted, shards it points to."""
-    layout = make_layout(
-        images_per_unit=UNITS, grid=GRID, masks=masks, prefix_kinds=prefix_kinds, classes=6
-    )
+    layout = make_layout(images_per_unit=UNITS, grid=GRID, classes=6, **layout)
     store = write_store(path, layout, UNITS, bad={3: Status.UNDECODABLE}, seed=seed)
     group = json.loads((path / "zarr.json").read_text())
     group["attributes"]["classlens"] |= {
@@ -261,7 +259,8 @@ def test_the_report_is_the_same_every_time(store, page, control, tmp_path):
 
 
 def test_lost_shards_are_told_and_the_rest_stays(tmp_path):
-    lost = make_store(tmp_path / "lost", seed=0, masks=False, prefix_kinds=(), shards=False)
+    few = {"masks": False, "prefix_kinds": (), "blocks": 1}
+    lost = make_store(tmp_path / "lost", seed=0, shards=False, **few)
     out = write_report([lost.path], tmp_path / "report.html", permutations=5)
     page = out.read_text()
     assert "The pictures cannot be shown" in page
@@ -269,6 +268,7 @@ def test_lost_shards_are_told_and_the_rest_stays(tmp_path):
     assert '<figure class="picture"' not in page
     assert "has no segmentation masks" in page
     assert "No control was given" in page
+    assert "A model of one block" in page
     parsed(page)
 
 

@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 import torch
 import zarr
-from conftest import Sample, encoded, picture
 from PIL import Image
+from samples import Sample, encoded, picture
 from variants import VARIANTS, config
 
 from classlens.extractor import run

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
+from samples import picture
 from timm.data import create_transform
 
 from classlens.extractor.geometry import Geometry, class_pixels

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 SUITE = Path(__file__).with_name("interpreted_class_scores.py")
 
 
+@pytest.mark.timeout(900)
 def test_the_kernel_is_right_under_the_interpreter(pytestconfig: pytest.Config) -> None:
     """All of `interpreted_class_scores.py`, whose tests count the launches of the kernel."""
     command = [sys.executable, "-m", "pytest", str(SUITE), "-q", "-p", "no:cacheprovider"]
