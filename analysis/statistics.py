@@ -62,8 +62,8 @@ def bootstrap_interval(
         times_drawn = np.bincount(rng.integers(images, size=images), minlength=images)
         means[i] = times_drawn @ values_NK / images
     tail = (1 - level) / 2
-    low, high = np.nanquantile(statistic(means), [tail, 1 - tail], axis=0)
-    return low, high
+    drawn = statistic(means)
+    return np.nanquantile(drawn, tail, axis=0), np.nanquantile(drawn, 1 - tail, axis=0)
 
 
 class ClassContextTest:

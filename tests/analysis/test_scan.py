@@ -178,7 +178,7 @@ def query_ends(draw: st.DrawFn, names: list[str]) -> Callable[[pl.LazyFrame], pl
     return ends[draw(st.sampled_from(sorted(ends)))]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_random_queries_equal_those_on_the_materialised_frame(stores, data):
     store, rows = stores[data.draw(st.sampled_from(sorted(STORES)), label="store")]
