@@ -30,7 +30,6 @@ def out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.timeout(600)
 def test_every_number_of_the_demo_equals_the_specification(out):
     config = demo_config(str(WEIGHTS))
     subject = load_subject(config)
