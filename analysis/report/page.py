@@ -218,14 +218,20 @@ def _block_rows(result: IdentifiabilityResult) -> list[dict[str, Any]]:
         for group in ("cls", "patch"):
             part = resid.filter(of_source & (pl.col("group") == group))
             values = part.select("block", pl.col("mean").alias(f"{source}_{group}"))
-            table = table.join(values, on="block", how="left")
+            table = _beside(table, values)
         part = result.change_rate.filter(of_source)
         values = part.select("block", pl.col("change_rate").alias(f"{source}_change_rate"))
-        table = table.join(values, on="block", how="left")
-    table = table.join(result.context, on="block", how="left")
+        table = _beside(table, values)
+    table = _beside(table, result.context)
     published = context(with_masks(result.store), convention="vilas2023", seed=result.seed)
     p_values = published.select("block", vilas2023_p="p_value")
-    return table.join(p_values, on="block", how="left").sort("block").to_dicts()
+    return _beside(table, p_values).sort("block").to_dicts()
+
+
+def _beside(table: pl.DataFrame, values: pl.DataFrame) -> pl.DataFrame:
+    """Joins by block; an analysis that found nothing has an untyped block column."""
+    values = values.with_columns(pl.col("block").cast(table.schema["block"]))
+    return table.join(values, on="block", how="left")
 
 
 def _figure(chart: Any, description: str) -> Markup:
