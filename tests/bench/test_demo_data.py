@@ -73,10 +73,12 @@ def test_draw_uses_nothing_of_the_other_splits(
     foreign = np.setdiff1d(np.arange(len(targets)), digit_indices(split))
     pixels[foreign] = rng.integers(17, size=pixels[foreign].shape)
     first, stop = background_columns(split)
-    for photograph in photographs.images:
+    images = []
+    for photograph in photographs.images:  # these arrays are read-only
         noise = rng.integers(256, size=photograph.shape)
         noise[:, first:stop] = photograph[:, first:stop]
-        photograph[:] = noise
+        images.append(noise.astype(np.uint8))
+    photographs.images = images
 
     monkeypatch.setattr(numbers_data, "load_digits", lambda return_X_y: (pixels, targets))
     monkeypatch.setattr(numbers_data, "load_sample_images", lambda: photographs)
