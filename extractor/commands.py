@@ -296,8 +296,19 @@ def _report_pack(summary: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    for name, value in facts.items():
-        click.echo(f"{name.replace('_', ' '):<18} {value}")
+    click.echo(
+        f"{summary.out}: {summary.images:,} images of {summary.classes} classes in "
+        f"{summary.shards} shards, {summary.masks:,} with a mask"
+    )
+    if 0 < summary.masks < summary.images:
+        lacking = summary.images - summary.masks
+        click.echo(f"{lacking:,} images lack a mask; they are not scored where others have one")
+    for left_out, reason in (
+        (summary.too_few, "fewer images than --per-class"),
+        (summary.merged, "two ImageNet-1k classes merged into one, so the label is not known"),
+    ):
+        if left_out:
+            click.echo(f"{len(left_out)} classes left out ({reason}): {', '.join(left_out)}")
 
 
 def _shape(sizes: Any) -> str:

@@ -144,7 +144,7 @@ def print_evolution(scores: dict) -> None:
     streams = sorted({stream for _, stream in means["model"]}, key=["resid", "attn", "mlp"].index)
     for stream in streams:
         for name in scores:
-            table.add_column(f"{stream}\n{name}", justify="right")
+            table.add_column(f"{stream}\n{name.removesuffix('-weights')}", justify="right")
     for block in sorted({block for block, _ in means["model"]}):
         cells = [f"{means[name][block, stream]:.3f}" for stream in streams for name in scores]
         table.add_row(str(block), *cells)
