@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from classlens.kernels.certify import Certifier
 from classlens.kernels.class_space import ClassSpace
+from classlens.kernels.reductions import CompiledReductions, EagerReductions, Reduced
 from classlens.kernels.reference import ClassScores, compute_dtype, row_variance
 
 # 1024 × 1000 float32 logits are 4 MB; on a GPU a chunk must fill the machine.
@@ -27,6 +29,8 @@ def class_scores_torch(
     *,
     topk: int,
     logsumexp: bool,
+    compile: bool,
+    certifier: Certifier | None,
 ) -> ClassScores:
     """`classlens.kernels.class_scores.class_scores`, its arguments already checked."""
     out = empty_scores(x, topk, logsumexp)
@@ -35,30 +39,25 @@ def class_scores_torch(
     bias_C = space.bias_C.to(dtype)
     in_range_N = (labels >= 0) & (labels < space.num_classes)
     labels_N = labels.long().where(in_range_N, 0)
-    scratch = Scratch(space.num_classes, dtype, x.device)
+    recomputed_NT = out.rank.bool().zero_() if certifier is not None else None
+    eager = EagerReductions(space.num_classes, dtype, x.device)
+    reduce = CompiledReductions() if compile else eager
     for images, tokens in _chunks(x):
         x_MD = x[images, tokens].flatten(0, 1)
         repeats = tokens.stop - tokens.start
         labels_M1 = labels_N[images].repeat_interleave(repeats)[:, None]
         rstd_M1, valid_M = row_rstd(x_MD.to(dtype), space.eps)
         valid_M &= in_range_N[images].repeat_interleave(repeats)
-
-        logits_MC = _project(x_MD, weight_CD, scratch.values(len(x_MD)))
-        torch.addcmul(bias_C, logits_MC, rstd_M1, out=logits_MC)
-        label_logit_M1 = logits_MC.gather(1, labels_M1)
-        peak_M1 = logits_MC.amax(dim=1, keepdim=True)
-        store_scores(
-            out,
-            images,
-            tokens,
-            valid_M,
-            space.num_classes,
-            rank=scratch.rank(logits_MC, label_logit_M1, labels_M1),
-            label_logit=label_logit_M1[:, 0],
-            logsumexp=scratch.logsumexp(logits_MC, peak_M1) if logsumexp else None,
-            topk=scratch.topk_(logits_MC, peak_M1, topk),  # last: it overwrites the logits
-        )
-    return out
+        products_MC = _project(x_MD, weight_CD, eager.buffer(len(x_MD)))
+        exact = None
+        if certifier is not None and recomputed_NT is not None:
+            exact, open_M = certifier.ranks(x_MD, products_MC, rstd_M1, labels_M1, valid_M)
+            recomputed_NT[images, tokens] = open_M.view(-1, repeats)
+        reduced = reduce(products_MC, rstd_M1, bias_C, labels_M1, topk=topk, logsumexp=logsumexp)
+        if exact is not None:
+            reduced = reduced._replace(rank=exact)
+        store_scores(out, images, tokens, valid_M, space.num_classes, reduced)
+    return out._replace(recomputed=recomputed_NT)
 
 
 def empty_scores(x: Float[Tensor, "N T D"], topk: int, logsumexp: bool) -> ClassScores:
@@ -78,22 +77,19 @@ def store_scores(
     tokens: slice,
     valid_M: Bool[Tensor, " M"],
     num_classes: int,
-    *,
-    rank: Int[Tensor, " M"],
-    label_logit: Float[Tensor, " M"],
-    logsumexp: Float[Tensor, " M"] | None,
-    topk: Int[Tensor, "M K"],
+    reduced: Reduced,
 ) -> None:
     """Write the rows of ``[images, tokens]`` into ``out``, the invalid ones marked as such."""
     where = images, tokens
     shape = out.rank[where].shape
     invalid_M = ~valid_M
     nan = float("nan")
-    out.rank[where] = rank.masked_fill(invalid_M, num_classes).view(shape)
-    out.label_logit[where] = label_logit.masked_fill(invalid_M, nan).view(shape)
-    if out.logsumexp is not None and logsumexp is not None:
-        out.logsumexp[where] = logsumexp.masked_fill(invalid_M, nan).view(shape)
-    out.topk[where] = topk.masked_fill(invalid_M[:, None], num_classes).unflatten(0, shape)
+    out.rank[where] = reduced.rank.masked_fill(invalid_M, num_classes).view(shape)
+    out.label_logit[where] = reduced.label_logit.masked_fill(invalid_M, nan).view(shape)
+    if out.logsumexp is not None and reduced.logsumexp is not None:
+        out.logsumexp[where] = reduced.logsumexp.masked_fill(invalid_M, nan).view(shape)
+    topk_MK = reduced.topk.masked_fill(invalid_M[:, None], num_classes)
+    out.topk[where] = topk_MK.unflatten(0, shape)
 
 
 def row_rstd(
@@ -102,70 +98,6 @@ def row_rstd(
     """``1 / sqrt(var + eps)`` of each row, and whether its variance is finite."""
     var_M1 = row_variance(x_MD)
     return torch.rsqrt(var_M1 + eps), torch.isfinite(var_M1[:, 0])
-
-
-class Scratch:
-    """Two [M, C] buffers, reused from chunk to chunk, and the reductions that need them."""
-
-    def __init__(self, num_classes: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_classes = num_classes
-        self._values = torch.empty(0, num_classes, dtype=dtype, device=device)
-        self._other = torch.empty_like(self._values)
-        self._classes = torch.arange(num_classes, device=device)
-        # C for the first class down to 1 for the last: the largest of equals is the first.
-        self._places = (num_classes - self._classes).to(dtype)
-
-    def values(self, rows: int) -> Float[Tensor, "M C"]:
-        """The buffer for the logits of ``rows`` rows; its content is undefined."""
-        if rows > len(self._values):
-            self._values = self._values.new_empty(rows, self.num_classes)
-            self._other = torch.empty_like(self._values)
-        return self._values[:rows]
-
-    def rank(
-        self,
-        values_MC: Float[Tensor, "M C"],
-        threshold_M1: Float[Tensor, "M 1"],
-        labels_M1: Int[Tensor, "M 1"],
-    ) -> Int[Tensor, " M"]:
-        """How many classes lie above the threshold, or on it with a number below the label."""
-        if values_MC.is_cuda:  # branching on ties would wait for the GPU
-            on_MC = (values_MC == threshold_M1) & (self._classes < labels_M1)
-            return (on_MC | (values_MC > threshold_M1)).sum(dim=1, dtype=torch.int32)
-        # Comparisons into a float buffer are vectorised and those into bool are not.
-        flags_MC = self._other[: len(values_MC)]
-        above_M = torch.gt(values_MC, threshold_M1, out=flags_MC).sum(dim=1)
-        tied_M = torch.ge(values_MC, threshold_M1, out=flags_MC).sum(dim=1) > above_M + 1
-        if tied_M.any():
-            on_RC = values_MC[tied_M] == threshold_M1[tied_M]
-            above_M[tied_M] += (on_RC & (self._classes < labels_M1[tied_M])).sum(dim=1)
-        return above_M.int()
-
-    def logsumexp(
-        self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"]
-    ) -> Float[Tensor, " M"]:
-        """log Σ_c exp(values), ``peak`` being each row's maximum."""
-        exp_MC = torch.sub(values_MC, peak_M1, out=self._other[: len(values_MC)]).exp_()
-        return peak_M1[:, 0] + exp_MC.sum(dim=1).log_()
-
-    def topk_(
-        self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"], k: int
-    ) -> Int[Tensor, "M K"]:
-        """The ``k`` first classes in order, ties to the lower; overwrites ``values`` if k > 1.
-
-        ``peak`` is each row's maximum. A row of NaN gives C.
-        """
-        best_MK = torch.empty(len(values_MC), k, dtype=torch.int32, device=values_MC.device)
-        flags_MC = self._other[: len(values_MC)]
-        for i in range(k):
-            if i > 0:
-                taken_M1 = best_MK[:, i - 1 : i].long().clamp(max=self.num_classes - 1)
-                values_MC.scatter_(1, taken_M1, float("-inf"))
-                peak_M1 = values_MC.amax(dim=1, keepdim=True)
-            # Several times faster than argmax, which promises no order among equals besides.
-            place_MC = torch.eq(values_MC, peak_M1, out=flags_MC).mul_(self._places)
-            best_MK[:, i] = self.num_classes - place_MC.amax(dim=1).int()
-        return best_MK
 
 
 def _chunks(x: Float[Tensor, "N T D"]) -> Iterator[tuple[slice, slice]]:

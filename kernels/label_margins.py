@@ -11,22 +11,25 @@ scored once more, P (row, class) pairs.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import BFloat16, Float32, Int
+from jaxtyping import BFloat16, Bool, Float32, Int
 from torch import Tensor
 
 from classlens.kernels.class_scores_torch import (
     ROWS_PER_CHUNK,
-    Scratch,
     empty_scores,
     row_rstd,
     store_scores,
     token_chunks,
 )
 from classlens.kernels.class_space import ClassSpace
+from classlens.kernels.reductions import CompiledReductions, EagerReductions
 from classlens.kernels.reference import ClassScores
 
 # Two float32 operands of 4096 × 768 are 25 MB.
 PAIRS_PER_CHUNK = 4096
+# A computed margin m is off by at most u (|m| + |Δb|) / (1 − u), u = 2⁻⁸: the output of the product
+# was rounded. Two margins so differ in error by twice that.
+MARGIN_SLACK = 2**-7 * 1.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ def class_scores_margins(
     *,
     topk: int,
     logsumexp: bool,
+    compile: bool,
 ) -> ClassScores:
     """`classlens.kernels.class_scores.class_scores`, its arguments already checked.
 
@@ -91,66 +95,60 @@ def class_scores_margins(
     """
     out = empty_scores(x, topk, logsumexp)
     space = space.to(dtype=torch.float32)
-    scratch = Scratch(space.num_classes, torch.float32, x.device)
+    eager = EagerReductions(space.num_classes, torch.float32, x.device)
+    reduce = CompiledReductions() if compile else eager
     for n, label in enumerate(margins.labels_N.tolist()):
         for tokens in token_chunks(x.shape[1], ROWS_PER_CHUNK):
             x_MD = x[n, tokens]
             wide_MD = x_MD.float()
             rstd_M1, valid_M = row_rstd(wide_MD, space.eps)
-            margins_MC = scratch.values(len(x_MD))
-            margins_MC.copy_(x_MD @ margins.weight_NCD[n].T)
-            torch.addcmul(margins.bias_NC[n], margins_MC, rstd_M1, out=margins_MC)
-
+            products_MC = x_MD @ margins.weight_NCD[n].T
+            reduced = reduce(
+                products_MC,
+                rstd_M1,
+                margins.bias_NC[n],
+                torch.full((len(x_MD), 1), label),
+                topk=topk,
+                logsumexp=logsumexp,
+                slack=MARGIN_SLACK,
+            )
+            if reduced.doubtful is not None and reduced.doubtful.any():
+                rows_M = reduced.doubtful
+                values_RC = products_MC[rows_M] * rstd_M1[rows_M] + margins.bias_NC[n]
+                reduced.topk[rows_M] = _topk_among(
+                    wide_MD[rows_M],
+                    rstd_M1[rows_M],
+                    space,
+                    values_RC >= reduced.floor[rows_M],
+                    topk,
+                )
             label_logit_M = (wide_MD @ space.weight_CD[label]) * rstd_M1[:, 0] + space.bias_C[label]
-            peak_M1 = margins_MC.amax(dim=1, keepdim=True)
-            zeros_M1 = torch.zeros_like(peak_M1)
             store_scores(
                 out,
                 slice(n, n + 1),
                 tokens,
                 valid_M,
                 space.num_classes,
-                rank=scratch.rank(margins_MC, zeros_M1, torch.full_like(zeros_M1, label).long()),
-                label_logit=label_logit_M,
-                logsumexp=(
-                    label_logit_M + scratch.logsumexp(margins_MC, peak_M1) if logsumexp else None
+                reduced._replace(
+                    label_logit=label_logit_M,
+                    logsumexp=label_logit_M + reduced.logsumexp if logsumexp else None,
                 ),
-                topk=_topk(wide_MD, rstd_M1, space, margins_MC, margins.bias_NC[n], scratch, topk),
             )
     return out
 
 
-def _topk(
-    x_MD: Float32[Tensor, "M D"],
-    rstd_M1: Float32[Tensor, "M 1"],
+def _topk_among(
+    x_RD: Float32[Tensor, "R D"],
+    rstd_R1: Float32[Tensor, "R 1"],
     space: ClassSpace,
-    margins_MC: Float32[Tensor, "M C"],
-    bias_C: Float32[Tensor, " C"],
-    scratch: Scratch,
+    candidate_RC: Bool[Tensor, "R C"],
     k: int,
-) -> Int[Tensor, "M K"]:
-    """The ``k`` first classes; overwrites ``margins`` if k > 1.
-
-    A computed margin m is off by at most u(|m| + |Δb|)/(1 − u), u = 2⁻⁸: the output of the product
-    was rounded. So a class that belongs to the first k lies at most ``slack`` below the k-th
-    margin. Where that leaves more than one candidate, all of them are scored in float32.
-    """
-    if k == 0:
-        return torch.empty(len(x_MD), 0, dtype=torch.int32)
-    peak_M1 = margins_MC.amax(dim=1, keepdim=True)
-    kth_M1 = peak_M1 if k == 1 else margins_MC.topk(k, dim=1).values[:, -1:]
-    slack_M1 = (kth_M1.abs() + bias_C.abs().max()) * (2**-7 * 1.02)
-    candidate_MC = margins_MC >= kth_M1 - slack_M1
-    open_M = candidate_MC.sum(dim=1, dtype=torch.int32) > 1
-    best_MK = scratch.topk_(margins_MC, peak_M1, k)
-    if open_M.any():
-        x_RD, rstd_R1 = x_MD[open_M], rstd_M1[open_M]
-        rows_P, classes_P = candidate_MC[open_M].nonzero(as_tuple=True)
-        logits_RC = x_RD.new_full((len(x_RD), space.num_classes), float("-inf"))
-        for r, c in zip(
-            rows_P.split(PAIRS_PER_CHUNK), classes_P.split(PAIRS_PER_CHUNK), strict=True
-        ):
-            products_P = (x_RD[r] * space.weight_CD[c]).sum(dim=1)
-            logits_RC[r, c] = products_P * rstd_R1[r, 0] + space.bias_C[c]
-        best_MK[open_M] = scratch.topk_(logits_RC, logits_RC.amax(dim=1, keepdim=True), k)
-    return best_MK
+) -> Int[Tensor, "R K"]:
+    """The ``k`` first of each row's candidates by float32 logits."""
+    rows_P, classes_P = candidate_RC.nonzero(as_tuple=True)
+    logits_RC = x_RD.new_full(candidate_RC.shape, float("-inf"))
+    for r, c in zip(rows_P.split(PAIRS_PER_CHUNK), classes_P.split(PAIRS_PER_CHUNK), strict=True):
+        products_P = (x_RD[r] * space.weight_CD[c]).sum(dim=1)
+        logits_RC[r, c] = products_P * rstd_R1[r, 0] + space.bias_C[c]
+    order_RC = logits_RC.sort(dim=1, descending=True, stable=True).indices
+    return order_RC[:, :k].int()

@@ -6,7 +6,7 @@ Shape letters: N images, T tokens, D width, C classes, K top classes.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from classlens.kernels.class_space import ClassSpace
@@ -24,12 +24,15 @@ class ClassScores(NamedTuple):
         logsumexp: [N, T] log Σ_c exp l_c, so that the label's log-probability is
             ``label_logit - logsumexp``; None where it was not asked for.
         topk: [N, T, K] classes in descending order of their logits, ties to the lower class.
+        recomputed: [N, T] whether the rank took comparisons in float64, see
+            `classlens.kernels.certify`; None where ranks were not to be certified.
     """
 
     rank: Int[Tensor, "N T"]
     label_logit: Float[Tensor, "N T"]
     logsumexp: Float[Tensor, "N T"] | None
     topk: Int[Tensor, "N T K"]
+    recomputed: Bool[Tensor, "N T"] | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

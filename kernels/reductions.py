@@ -1,0 +1,215 @@
+"""What a chunk of products is reduced to, eagerly or compiled into one pass.
+
+Shape letters: M rows of a chunk, C classes, K top classes.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Reduced(NamedTuple):
+    """Results of the rows of a chunk, as `classlens.kernels.reference.ClassScores` has them.
+
+    floor: [M, 1] the least value that could be among the first K, given the slack; None without.
+    doubtful: [M] whether more than one value reaches the floor; None without slack.
+    """
+
+    rank: Int[Tensor, " M"]
+    label_logit: Float[Tensor, " M"]
+    logsumexp: Float[Tensor, " M"] | None
+    topk: Int[Tensor, "M K"]
+    floor: Float[Tensor, "M 1"] | None
+    doubtful: Bool[Tensor, " M"] | None
+
+
+class Reductions(Protocol):
+    """``products · rstd + bias``, reduced. May overwrite products of the bias's dtype.
+
+    slack: relative error of the values, |value| + max |bias| taken as the unit, that the choice of
+    the first K is to be judged with; 0 for none.
+    """
+
+    def __call__(
+        self,
+        products_MC: Float[Tensor, "M C"],
+        rstd_M1: Float[Tensor, "M 1"],
+        bias_C: Float[Tensor, " C"],
+        labels_M1: Int[Tensor, "M 1"],
+        *,
+        topk: int,
+        logsumexp: bool,
+        slack: float = 0.0,
+    ) -> Reduced: ...
+
+
+class EagerReductions:
+    """One torch operation after another, in two [M, C] buffers that are reused.
+
+    Slower than a compiled pass and needs no compiler.
+    """
+
+    def __init__(self, num_classes: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self._values = torch.empty(0, num_classes, dtype=dtype, device=device)
+        self._other = torch.empty_like(self._values)
+        self._classes = torch.arange(num_classes, device=device)
+        # C for the first class down to 1 for the last: the largest of equals is the first.
+        self._places = (num_classes - self._classes).to(dtype)
+
+    def __call__(
+        self,
+        products_MC: Float[Tensor, "M C"],
+        rstd_M1: Float[Tensor, "M 1"],
+        bias_C: Float[Tensor, " C"],
+        labels_M1: Int[Tensor, "M 1"],
+        *,
+        topk: int,
+        logsumexp: bool,
+        slack: float = 0.0,
+    ) -> Reduced:
+        values_MC = self.buffer(len(products_MC))
+        if values_MC.dtype != products_MC.dtype:
+            products_MC = values_MC.copy_(products_MC)
+        torch.addcmul(bias_C, products_MC, rstd_M1, out=values_MC)
+        label_M1 = values_MC.gather(1, labels_M1)
+        peak_M1 = values_MC.amax(dim=1, keepdim=True)
+        floor_M1 = doubtful_M = None
+        if topk and slack:
+            kth_M1 = peak_M1 if topk == 1 else values_MC.topk(topk, dim=1).values[:, -1:]
+            floor_M1 = kth_M1 - slack * (kth_M1.abs() + bias_C.abs().amax())
+            flags_MC = self._other[: len(values_MC)]
+            doubtful_M = torch.ge(values_MC, floor_M1, out=flags_MC).sum(dim=1) > 1
+        return Reduced(
+            rank=self._rank(values_MC, label_M1, labels_M1),
+            label_logit=label_M1[:, 0],
+            logsumexp=self._logsumexp(values_MC, peak_M1) if logsumexp else None,
+            topk=self.topk_(values_MC, peak_M1, topk),  # last: it overwrites the values
+            floor=floor_M1,
+            doubtful=doubtful_M,
+        )
+
+    def buffer(self, rows: int) -> Float[Tensor, "M C"]:
+        """Where the products of ``rows`` rows may be put; its content is undefined."""
+        if rows > len(self._values):
+            self._values = self._values.new_empty(rows, self.num_classes)
+            self._other = torch.empty_like(self._values)
+        return self._values[:rows]
+
+    def _rank(
+        self,
+        values_MC: Float[Tensor, "M C"],
+        label_M1: Float[Tensor, "M 1"],
+        labels_M1: Int[Tensor, "M 1"],
+    ) -> Int[Tensor, " M"]:
+        if values_MC.is_cuda:  # branching on ties would wait for the GPU
+            on_MC = (values_MC == label_M1) & (self._classes < labels_M1)
+            return (on_MC | (values_MC > label_M1)).sum(dim=1, dtype=torch.int32)
+        # Comparisons into a float buffer are vectorised and those into bool are not.
+        flags_MC = self._other[: len(values_MC)]
+        above_M = torch.gt(values_MC, label_M1, out=flags_MC).sum(dim=1)
+        tied_M = torch.ge(values_MC, label_M1, out=flags_MC).sum(dim=1) > above_M + 1
+        if tied_M.any():
+            on_RC = values_MC[tied_M] == label_M1[tied_M]
+            above_M[tied_M] += (on_RC & (self._classes < labels_M1[tied_M])).sum(dim=1)
+        return above_M.int()
+
+    def _logsumexp(
+        self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"]
+    ) -> Float[Tensor, " M"]:
+        exp_MC = torch.sub(values_MC, peak_M1, out=self._other[: len(values_MC)]).exp_()
+        return peak_M1[:, 0] + exp_MC.sum(dim=1).log_()
+
+    def topk_(
+        self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"], k: int
+    ) -> Int[Tensor, "M K"]:
+        """The ``k`` first classes in order, ties to the lower; overwrites ``values`` if k > 1.
+
+        ``peak`` is each row's maximum. A row of NaN gives C.
+        """
+        best_MK = torch.empty(len(values_MC), k, dtype=torch.int32, device=values_MC.device)
+        flags_MC = self._other[: len(values_MC)]
+        for i in range(k):
+            if i > 0:
+                taken_M1 = best_MK[:, i - 1 : i].long().clamp(max=self.num_classes - 1)
+                values_MC.scatter_(1, taken_M1, float("-inf"))
+                peak_M1 = values_MC.amax(dim=1, keepdim=True)
+            # Several times faster than argmax, which promises no order among equals besides.
+            place_MC = torch.eq(values_MC, peak_M1, out=flags_MC).mul_(self._places)
+            best_MK[:, i] = self.num_classes - place_MC.amax(dim=1).int()
+        return best_MK
+
+
+class CompiledReductions:
+    """The same in one or two passes, compiled by torch.compile when first called."""
+
+    def __call__(
+        self,
+        products_MC: Float[Tensor, "M C"],
+        rstd_M1: Float[Tensor, "M 1"],
+        bias_C: Float[Tensor, " C"],
+        labels_M1: Int[Tensor, "M 1"],
+        *,
+        topk: int,
+        logsumexp: bool,
+        slack: float = 0.0,
+    ) -> Reduced:
+        reduce = compiled(reduce_products)
+        return reduce(products_MC, rstd_M1, bias_C, labels_M1, topk, logsumexp, slack)
+
+
+def reduce_products(
+    products_MC: Tensor,
+    rstd_M1: Tensor,
+    bias_C: Tensor,
+    labels_M1: Tensor,
+    topk: int,
+    logsumexp: bool,
+    slack: float,
+) -> Reduced:
+    """The reductions as plain tensor algebra, for a compiler to fuse."""
+    num_classes = bias_C.shape[0]
+    classes_C = torch.arange(num_classes, dtype=torch.int32, device=bias_C.device)
+    values_MC = products_MC.to(bias_C.dtype) * rstd_M1 + bias_C
+    label_M1 = values_MC.gather(1, labels_M1)
+    on_MC = (values_MC == label_M1) & (classes_C < labels_M1)
+    rank_M = ((values_MC > label_M1) | on_MC).sum(dim=1, dtype=torch.int32)
+    lse_M = None
+    if logsumexp:
+        peak_M1 = values_MC.amax(dim=1, keepdim=True)
+        lse_M = peak_M1[:, 0] + (values_MC - peak_M1).exp().sum(dim=1).log()
+    best, left_MC, peak_M1 = [], values_MC, label_M1
+    for _ in range(topk):
+        peak_M1 = left_MC.amax(dim=1, keepdim=True)
+        best.append(classes_C.where(left_MC == peak_M1, num_classes).amin(dim=1))
+        left_MC = left_MC.masked_fill(classes_C == best[-1][:, None], float("-inf"))
+    floor_M1 = doubtful_M = None
+    if topk and slack:
+        floor_M1 = peak_M1 - slack * (peak_M1.abs() + bias_C.abs().amax())
+        doubtful_M = (values_MC >= floor_M1).sum(dim=1, dtype=torch.int32) > 1
+    topk_MK = torch.stack(best, dim=1) if best else rank_M.new_empty(len(rank_M), 0)
+    return Reduced(rank_M, label_M1[:, 0], lse_M, topk_MK, floor_M1, doubtful_M)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """``torch.compile(function)``, once a process.
+
+    Floating-point contraction is left as the compiler has it: a fused multiply-add rounds less
+    and stays in the derived bracket.
+    """
+    return torch.compile(function)
+
+
+def compiler_found(device: torch.device) -> bool:
+    """Whether torch.compile can build code for this device: a GPU needs Triton, a CPU a C++
+    compiler (``$CXX``, g++ or clang++)."""
+    if device.type == "cuda":
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)

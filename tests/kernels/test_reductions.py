@@ -1,0 +1,89 @@
+"""The compiled reductions: the same results as the eager ones, in the code that runs them."""
+
+import pytest
+import torch
+from scoring_cases import (
+    assert_equal_scores,
+    assert_in_bracket,
+    exact_labels,
+    exact_space,
+    exact_x,
+    random_case,
+    specification,
+    spoil_rows,
+)
+
+from classlens.bench.certify import hostile_case, judged_ranks
+from classlens.kernels import reductions
+from classlens.kernels.certify import Certifier
+from classlens.kernels.class_scores import class_scores
+from classlens.kernels.label_margins import label_margins
+from classlens.kernels.reductions import EagerReductions, compiler_found, reduce_products
+
+needs_compiler = pytest.mark.skipif(
+    not compiler_found(torch.device("cpu")), reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def compiled_afresh():
+    """Each test compiles for its own shapes; torch would otherwise count recompilations."""
+    torch.compiler.reset()
+    reductions.compiled.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("topk", [0, 3])
+def test_exact_on_small_integers(topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(EagerReductions, "__call__")  # proves which one ran
+    x, labels = exact_x(3, 17, 65, torch.float32), exact_labels(997)
+    space = exact_space(997, 65, torch.float32, bias=True)
+    spoil_rows(x)
+    actual = class_scores(x, space, labels, topk=topk, impl="compiled")
+    assert_equal_scores(actual, specification(x, space, labels, topk))
+    without = class_scores(x, space, labels, topk=topk, impl="compiled", logsumexp=False)
+    assert without.logsumexp is None
+    assert torch.equal(without.rank, actual.rank)
+
+
+@needs_compiler
+def test_margins_are_reduced_alike() -> None:
+    x, space64, labels = random_case(2, 60, 96, 300, torch.bfloat16)
+    space = space64.to(dtype=torch.float32)
+    margins = label_margins(space, labels)
+    compiled = class_scores(x, space, labels, topk=2, margins=margins, impl="compiled")
+    eager = class_scores(x, space, labels, topk=2, margins=margins, impl="torch")
+    assert_in_bracket(compiled, x, space64, labels, torch.bfloat16, margins=True)
+    assert torch.equal(compiled.topk, eager.topk)
+    torch.testing.assert_close(compiled.logsumexp, eager.logsumexp, rtol=1e-6, atol=1e-5)
+
+
+@needs_compiler
+def test_certified_ranks_may_be_compiled() -> None:
+    x, exact, labels = hostile_case(6, 64, 100, torch.float32)
+    space = exact.to(dtype=torch.float32)
+    certifier = Certifier(exact, space, torch.float32, compile=True)
+    actual = class_scores(x, space, labels, impl="compiled", certifier=certifier)
+    assert torch.equal(actual.rank, judged_ranks(x, exact, labels))
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.1])
+@pytest.mark.parametrize("topk", [1, 4])
+def test_both_state_the_same_doubts(slack: float, topk: int) -> None:
+    products = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    rstd, bias, labels = torch.ones(40, 1), torch.zeros(30), torch.full((40, 1), 3)
+    eager = EagerReductions(30, torch.float32, torch.device("cpu"))
+    expected = eager(products.clone(), rstd, bias, labels, topk=topk, logsumexp=True, slack=slack)
+    actual = reduce_products(products, rstd, bias, labels, topk, True, slack)
+    for name, value in expected._asdict().items():
+        other = getattr(actual, name)
+        assert (value is None) == (other is None)
+        if value is not None:
+            torch.testing.assert_close(other, value, msg=name)
+
+
+def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert not compiler_found(torch.device("cpu"))
+    assert compiler_found(torch.device("cuda"))
