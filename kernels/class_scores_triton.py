@@ -33,17 +33,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def choose_tile(dtype: torch.dtype, topk: int) -> Tile:
+def choose_tile(dtype: torch.dtype, topk: int, capability: int) -> Tile:
     """The tile for inputs of ``dtype``: the largest of those tried that spills no register.
 
-    The 64-bit keys of the top-k take registers from the accumulator, and more so for k > 1.
+    The 64-bit keys of a top-k with k > 1 take registers from the accumulator. ``capability`` is
+    the major one of CUDA; from 10 on the accumulator lies in a memory of its own, and what comes
+    back from it for the top class just does not fit.
     """
     if dtype == torch.float32:
         return Tile(block_t=64, block_c=64, block_d=16, num_warps=8, num_stages=2)
     if topk > 1:
         return Tile(block_t=64, block_c=64, block_d=64, num_warps=8, num_stages=3)
-    if topk == 1:
-        return Tile(block_t=64, block_c=128, block_d=64, num_warps=8, num_stages=3)
+    if topk == 1 and capability >= 10:
+        return Tile(block_t=128, block_c=64, block_d=64, num_warps=8, num_stages=3)
     return Tile(block_t=128, block_c=128, block_d=64, num_warps=8, num_stages=3)
 
 
@@ -101,7 +103,8 @@ def class_scores_triton(
     lse_NT = torch.empty(shape, dtype=torch.float32, device=x.device) if logsumexp else None
     topk_NTK = torch.empty(*shape, topk, dtype=torch.int32, device=x.device)
     scores = ClassScores(rank_NT, label_logit_NT, lse_NT, topk_NTK)
-    tile = choose_tile(x.dtype, topk)
+    capability = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    tile = choose_tile(x.dtype, topk, capability)
     n_programs = n_images * triton.cdiv(n_tokens, tile.block_t)
     if n_programs:
         _class_scores_kernel[(n_programs,)](
@@ -178,6 +181,7 @@ def _class_scores_kernel(
     label_logit = tl.zeros([BLOCK_T], tl.float32)
     peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BLOCK_T], tl.float32)
+    first = tl.full([BLOCK_T], CLASSES, tl.int32)  # the class of the peak
     best = _no_keys(BLOCK_T, TOPK)
     n_tiles: tl.constexpr = (CLASSES + BLOCK_C - 1) // BLOCK_C
     first_tile = label // BLOCK_C
@@ -204,12 +208,18 @@ def _class_scores_kernel(
         ahead = (above & (classes != label)[None, :]) | (on & (classes < label)[None, :])
         rank += tl.sum(ahead.to(tl.int32), 1)
 
+        tile_peak = tl.max(logits, 1)
+        if TOPK == 1:
+            on_peak = logits == tile_peak[:, None]
+            tile_first = tl.min(tl.where(on_peak, classes[None, :], CLASSES), 1)
+            wins = (tile_peak > peak) | ((tile_peak == peak) & (tile_first < first))
+            first = tl.where(wins, tile_first, first)
+        raised = tl.maximum(peak, tile_peak)
         if lse_ptr is not None:
-            raised = tl.maximum(peak, tl.max(logits, 1))
             sum_exp *= tl.exp(peak - raised)
             sum_exp += tl.sum(tl.exp(logits - raised[:, None]), 1)
-            peak = raised
-        if topk_ptr is not None:
+        peak = raised
+        if TOPK > 1:
             best = _merge_best(best, _keys(logits, classes), TOPK)
 
     nan = float("nan")
@@ -218,7 +228,9 @@ def _class_scores_kernel(
     tl.store(label_logit_ptr + out, tl.where(row_ok, label_logit, nan), mask=token_ok)
     if lse_ptr is not None:
         tl.store(lse_ptr + out, tl.where(row_ok, peak + tl.log(sum_exp), nan), mask=token_ok)
-    if topk_ptr is not None:
+    if TOPK == 1:
+        tl.store(topk_ptr + out, tl.where(row_ok, first, CLASSES), mask=token_ok)
+    if TOPK > 1:
         for place in range(TOPK):
             largest = tl.max(best, 1)
             best_class = tl.where(row_ok, _class_of_key(largest), CLASSES)

@@ -82,7 +82,7 @@ def test_exact_on_small_integers(
     x = exact_x(3, n_tokens, width, dtype)
     space, labels = exact_space(num_classes, width, dtype, bias=True), exact_labels(num_classes)
     actual = interpreted(x, space, labels, topk)
-    block_t = class_scores_triton.choose_tile(dtype, topk).block_t
+    block_t = class_scores_triton.choose_tile(dtype, topk, 9).block_t
     assert launches == [3 * triton.cdiv(n_tokens, block_t)]
     assert any(tensor is actual.rank for tensor in poisoned_empty)
     assert_equal_scores(actual, specification(x, space, labels, topk))

@@ -26,7 +26,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def compiled(target: GPUTarget, dtype: torch.dtype, topk: int) -> CompiledKernel:
     """The kernel for ViT-B/16 and 1000 classes as the launcher specialises it."""
-    tile = choose_tile(dtype, topk)
+    capability = target.arch // 10 if isinstance(target.arch, int) else 9
+    tile = choose_tile(dtype, topk, capability)
     signature = {
         "x_ptr": f"*{TYPES[dtype]}",
         "weight_ptr": f"*{TYPES[dtype]}",
