@@ -207,9 +207,11 @@ def _decimal_margin(x: list[float], space: ClassSpace, c: int, y: int) -> Any:
     with localcontext() as context:
         context.prec = JUDGE_DIGITS
         values = [Decimal(value) for value in x]
-        mean = sum(values) / len(values)
-        variance = sum((value - mean) ** 2 for value in values) / len(values)
+        mean = sum(values, Decimal(0)) / len(values)
+        squares = ((value - mean) ** 2 for value in values)
+        variance = sum(squares, Decimal(0)) / len(values)
         rows = zip(values, space.weight_CD[c].tolist(), space.weight_CD[y].tolist(), strict=True)
-        product = sum(value * (Decimal(a) - Decimal(b)) for value, a, b in rows)
+        products = (value * (Decimal(a) - Decimal(b)) for value, a, b in rows)
+        product = sum(products, Decimal(0))
         bias = Decimal(space.bias_C[c].item()) - Decimal(space.bias_C[y].item())
         return product / (variance + Decimal(space.eps)).sqrt() + bias

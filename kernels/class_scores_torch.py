@@ -14,7 +14,7 @@ from torch import Tensor
 
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.reductions import CompiledReductions, EagerReductions, Reduced
+from classlens.kernels.reductions import CompiledReductions, EagerReductions, Reduced, compiled
 from classlens.kernels.reference import ClassScores, compute_dtype, row_variance
 
 # 1024 × 1000 float32 logits are 4 MB; on a GPU a chunk must fill the machine.
@@ -42,11 +42,12 @@ def class_scores_torch(
     recomputed_NT = out.rank.bool().zero_() if certifier is not None else None
     eager = EagerReductions(space.num_classes, dtype, x.device)
     reduce = CompiledReductions() if compile else eager
+    statistics = compiled(row_rstd) if compile else row_rstd
     for images, tokens in _chunks(x):
         x_MD = x[images, tokens].flatten(0, 1)
         repeats = tokens.stop - tokens.start
         labels_M1 = labels_N[images].repeat_interleave(repeats)[:, None]
-        rstd_M1, valid_M = row_rstd(x_MD.to(dtype), space.eps)
+        rstd_M1, valid_M = statistics(x_MD, space.eps)
         valid_M &= in_range_N[images].repeat_interleave(repeats)
         products_MC = _project(x_MD, weight_CD, eager.buffer(len(x_MD)))
         exact = None
@@ -95,8 +96,8 @@ def store_scores(
 def row_rstd(
     x_MD: Float[Tensor, "M D"], eps: float
 ) -> tuple[Float[Tensor, "M 1"], Bool[Tensor, " M"]]:
-    """``1 / sqrt(var + eps)`` of each row, and whether its variance is finite."""
-    var_M1 = row_variance(x_MD)
+    """``1 / sqrt(var + eps)`` of each row, at least float32, and whether its variance is finite."""
+    var_M1 = row_variance(x_MD.to(compute_dtype(x_MD.dtype)))
     return torch.rsqrt(var_M1 + eps), torch.isfinite(var_M1[:, 0])
 
 

@@ -22,7 +22,7 @@ from classlens.kernels.class_scores_torch import (
     token_chunks,
 )
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.reductions import CompiledReductions, EagerReductions
+from classlens.kernels.reductions import CompiledReductions, EagerReductions, compiled
 from classlens.kernels.reference import ClassScores
 
 # Two float32 operands of 4096 × 768 are 25 MB.
@@ -97,11 +97,12 @@ def class_scores_margins(
     space = space.to(dtype=torch.float32)
     eager = EagerReductions(space.num_classes, torch.float32, x.device)
     reduce = CompiledReductions() if compile else eager
+    statistics = compiled(row_rstd) if compile else row_rstd
     for n, label in enumerate(margins.labels_N.tolist()):
         for tokens in token_chunks(x.shape[1], ROWS_PER_CHUNK):
             x_MD = x[n, tokens]
             wide_MD = x_MD.float()
-            rstd_M1, valid_M = row_rstd(wide_MD, space.eps)
+            rstd_M1, valid_M = statistics(x_MD, space.eps)
             products_MC = x_MD @ margins.weight_NCD[n].T
             reduced = reduce(
                 products_MC,
@@ -112,15 +113,12 @@ def class_scores_margins(
                 logsumexp=logsumexp,
                 slack=MARGIN_SLACK,
             )
-            if reduced.doubtful is not None and reduced.doubtful.any():
-                rows_M = reduced.doubtful
+            lse_M, rows_M = reduced.logsumexp, reduced.doubtful
+            if rows_M is not None and reduced.floor is not None and rows_M.any():
                 values_RC = products_MC[rows_M] * rstd_M1[rows_M] + margins.bias_NC[n]
+                candidate_RC = values_RC >= reduced.floor[rows_M]
                 reduced.topk[rows_M] = _topk_among(
-                    wide_MD[rows_M],
-                    rstd_M1[rows_M],
-                    space,
-                    values_RC >= reduced.floor[rows_M],
-                    topk,
+                    wide_MD[rows_M], rstd_M1[rows_M], space, candidate_RC, topk
                 )
             label_logit_M = (wide_MD @ space.weight_CD[label]) * rstd_M1[:, 0] + space.bias_C[label]
             store_scores(
@@ -131,7 +129,7 @@ def class_scores_margins(
                 space.num_classes,
                 reduced._replace(
                     label_logit=label_logit_M,
-                    logsumexp=label_logit_M + reduced.logsumexp if logsumexp else None,
+                    logsumexp=None if lse_M is None else label_logit_M + lse_M,
                 ),
             )
     return out
