@@ -21,7 +21,7 @@ COMMANDS = {
     "export": ("classlens.analysis.commands_query:export", "A store -> one long Parquet file."),
     "analyze": ("classlens.analysis.commands_analyze:analyze", "The paper's analyses, as tables."),
     "report": ("classlens.analysis.commands_report:report", "Stores -> one HTML page of figures."),
-    "bench": ("classlens.bench.extract:bench", "Throughput on this machine."),
+    "bench": ("classlens.bench.commands:bench", "Throughput and exactness here."),
 }
 
 EXIT_CODES = """

@@ -6,6 +6,8 @@ torch and zarr are imported inside the functions, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,13 @@ from classlens.extractor.errors import UsageError
 
 if TYPE_CHECKING:
     from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.run import Prepared, Summary
+    from classlens.extractor.run import Prepared
+    from classlens.extractor.summary import Summary
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 EXISTING_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 EXISTING_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+RESIZE_HELP = "Shrink pictures to this short side (JPEG, quality 95); default: copy the bytes."
 PER_CLASS_HELP = "Take the first N images of each class, in sorted order; skip smaller classes."
 
 
@@ -29,9 +33,9 @@ PER_CLASS_HELP = "Take the first N images of each class, in sorted order; skip s
 def pack() -> None:
     """Images and masks -> tar shards that `extract` reads.
 
-    Picture bytes are copied, never re-encoded. Each image becomes KEY.jpg, KEY.cls, KEY.json and,
-    where there is one, KEY.mask.png (webdataset layout). ImageNet shards in the common jpg + cls
-    layout need no packing.
+    Picture bytes are copied, and encoded anew only with --resize. Each image becomes KEY.jpg,
+    KEY.cls, KEY.json and, where there is one, KEY.mask.png (webdataset layout). ImageNet shards in
+    the common jpg + cls layout need no packing.
     """
 
 
@@ -41,6 +45,7 @@ def pack() -> None:
 @click.option("--split", default="validation", show_default=True, help="train, validation or test.")
 @click.option("--per-class", type=click.IntRange(1), help=PER_CLASS_HELP + " The paper takes 5.")
 @click.option("--shard-images", default=512, show_default=True, help="Images in one tar.")
+@click.option("--resize", type=click.IntRange(1), metavar="N", help=RESIZE_HELP)
 @click.option("--categories", type=EXISTING_FILE, help="ImageNetS_categories_im919.txt.")
 @click.option("--synset-mapping", type=EXISTING_FILE, help="LOC_synset_mapping.txt.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -50,7 +55,7 @@ def pack_imagenet_s_command(root: Path, out: Path, as_json: bool, **options: Any
     \b
     classlens pack imagenet-s ImageNetS919 shards --split validation --per-class 5
     """
-    from classlens.extractor.pack import pack_imagenet_s
+    from classlens.extractor.pack_imagenet_s import pack_imagenet_s
 
     with bar("Packing") as progress:
         summary = pack_imagenet_s(root, out, progress=progress, **options)
@@ -61,6 +66,7 @@ def pack_imagenet_s_command(root: Path, out: Path, as_json: bool, **options: Any
 @click.argument("root", type=EXISTING_FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option("--shard-images", default=512, show_default=True, help="Images in one tar.")
+@click.option("--resize", type=click.IntRange(1), metavar="N", help=RESIZE_HELP)
 @click.option(
     "--class-names",
     type=EXISTING_FILE,
@@ -103,7 +109,11 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
               help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--decode-threads", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--decoder", type=click.Choice(["simplejpeg", "pil"]), default="simplejpeg",
+              show_default=True,
+              help="Of JPEGs; how far its pixels are from PIL's is stored.")  # fmt: skip
+@click.option("--decode-threads", type=click.IntRange(1),
+              help="[default: suits the machine; 1 on a small CPU]")  # fmt: skip
 @click.option("--max-pixels", default=100_000_000, show_default=True,
               help="Larger pictures are not decoded.")  # fmt: skip
 @click.option("--class-names", type=EXISTING_FILE, help="One class name a line, in class order.")
@@ -129,7 +139,8 @@ def extract(
     classlens extract shards --model deit3_small_patch16_224 --weights random:0 --out control
     """
     from classlens.extractor.run import extract as run_extract
-    from classlens.extractor.run import prepare, summary_json
+    from classlens.extractor.run import prepare
+    from classlens.extractor.summary import summary_json
 
     config = _config(**options)
     with spinner("Walking the shards and loading the model"):
@@ -161,6 +172,7 @@ def info(store: Path, as_json: bool) -> None:
     rows = {
         "model": f"{config['model']}, weights {config['weights']}",
         "numerics": f"{config['dtype']} on {attributes['device']}",
+        "decoder": _decoder_line(attributes.get("decoder")),
         "geometry": f"{config['geometry']}, {_shape(attributes['geometry']['input_size'])} pixels",
         "convention": config["convention"],
         "blocks": layout.blocks,
@@ -282,7 +294,12 @@ def _print_summary(summary: Summary) -> None:
         f"{summary.bytes_per_image / 1e3:.1f} kB an image"
     )
     if summary.scored:
-        click.echo(f"this run: {summary.scored:,} images, {summary.images_per_s:.1f} images/s")
+        click.echo(
+            f"this run: {summary.scored:,} images, {summary.images_per_s:.1f} images/s, "
+            f"held back by {summary.held_back_by}"
+        )
+        busy = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages.items())
+        click.echo(f"busy seconds: {busy}; threads that decode: {summary.decode_threads}")
     for name, count in summary.status.items():
         if name != "ok":
             click.echo(f"not scored: {count:,} {name} (see the table `images`, column status)")
@@ -291,15 +308,30 @@ def _print_summary(summary: Summary) -> None:
         click.echo(f"{left} units are with other processes; `classlens status` shows when done")
 
 
+def _decoder_line(decoder: Mapping[str, Any] | None) -> str:
+    if decoder is None:  # stores of classlens 0.1
+        return "pil"
+    return (
+        f"{decoder['name']} {decoder['version']}, at most {decoder['max_abs_difference']} of 255 "
+        f"from PIL on {decoder['images_compared']} images"
+    )
+
+
 def _report_pack(summary: Any, as_json: bool) -> None:
-    facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(summary).items()}
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(asdict(summary), default=str))
         return
     click.echo(
         f"{summary.out}: {summary.images:,} images of {summary.classes} classes in "
         f"{summary.shards} shards, {summary.masks:,} with a mask"
     )
+    if summary.resize is not None:
+        loss = summary.resize
+        click.echo(
+            f"{loss.resized:,} images resized to a short side of {loss.short_side} pixels; at "
+            f"224 × 224 pixels {loss.images_compared} of them differ from the unresized by "
+            f"{loss.mean_abs_difference:.2f} on average, {loss.max_abs_difference} at most (of 255)"
+        )
     if 0 < summary.masks < summary.images:
         lacking = summary.images - summary.masks
         click.echo(f"{lacking:,} images lack a mask; they are not scored where others have one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ class ExtractConfig:
     of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token.
     convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of GAP
     models through their block's norm first. max_pixels: larger pictures are not decoded.
+    decoder: of JPEGs; part of the content, so that a store never mixes two. decode_threads: None
+    suits the machine, see :attr:`decoding_threads`.
     """
 
     model: str
@@ -32,9 +35,10 @@ class ExtractConfig:
     topk: int = 1
     convention: Literal["corrected", "vilas2023"] = "corrected"
     max_pixels: int = 100_000_000
+    decoder: Literal["simplejpeg", "pil"] = "simplejpeg"
     device: str = "cpu"
     batch_size: int = 32
-    decode_threads: int = 2
+    decode_threads: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [s for s in self.streams if s not in STREAMS]
@@ -47,6 +51,23 @@ class ExtractConfig:
             raise UsageError(f"--topk is {self.topk}; give 0 or more.")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}; give 1 or more.")
+        if self.decode_threads is not None and self.decode_threads < 1:
+            raise UsageError(f"--decode-threads is {self.decode_threads}; give 1 or more.")
+
+    @property
+    def decoding_threads(self) -> int:
+        """Threads that decode.
+
+        A core decodes far more images than a CPU scores in the same time, and takes its share from
+        the products of all cores: one thread for every eight cores, at least one. A GPU wants every
+        core but the two that read and score, up to sixteen; beyond that the interpreter's lock is
+        the limit.
+        """
+        if self.decode_threads is not None:
+            return self.decode_threads
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = cores or 1
+        return max(1, cores // 8 if self.device == "cpu" else min(16, cores - 2))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping of all fields."""

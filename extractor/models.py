@@ -9,7 +9,7 @@ what the sublayer really adds.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,19 +144,25 @@ def block_sites(block: Block | ResPostBlock, x: Tensor) -> Sites:
     return {"resid": mid + mlp, "mid": mid, "attn": attn, "mlp": mlp}
 
 
-def walk(model: VisionTransformer, images: Tensor, convention: str) -> Iterator[tuple[int, Sites]]:
+def walk(
+    model: VisionTransformer,
+    images: Tensor,
+    convention: str,
+    sites_of: Callable[[Block | ResPostBlock, Tensor], Sites] = block_sites,
+) -> Iterator[tuple[int, Sites]]:
     """Block by block, the sites of a batch; a block's activations die with the block.
 
     Args:
         images: normalised, [N, 3, H, W].
         convention: ``vilas2023`` passes ``attn`` and ``mlp`` of GAP models through the block's
             ``norm1`` and ``norm2``, as the paper's code does; ``corrected`` leaves them as added.
+        sites_of: `block_sites`, or a compiled one.
     """
     renorm = convention == "vilas2023" and model.global_pool == "avg"
     x = embed(model, images)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block | ResPostBlock)
-        sites = block_sites(block, x)
+        sites = sites_of(block, x)
         x = sites["resid"]
         if renorm:
             sites["attn"] = block.norm1(sites["attn"])

@@ -1,4 +1,4 @@
-"""Image folders -> webdataset tar shards. Images are copied byte for byte, never encoded anew.
+"""Image folders -> webdataset tar shards. Images are copied byte for byte unless resized.
 
 A sample has the members ``KEY.jpg`` (or png, webp), ``KEY.cls`` (the label in ASCII), ``KEY.json``
 and, where there is a segmentation mask, ``KEY.mask.png``. Samples stand in the order of class
@@ -17,24 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from classlens.extractor.errors import UsageError
+from classlens.extractor.pack_resize import ResizeLoss, Resizer
 
 CLASSES_FILE = "classes.txt"
-SYNSET_MAPPING_FILE = "LOC_synset_mapping.txt"
 
 Progress = Callable[[int, int], None]
 
 _IMAGES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-_DATASETS = {"ImageNetS919": 919, "ImageNetS300": 300, "ImageNetS50": 50}
-
-# ImageNet-S files the images of the first class under the second (its README, "How to match the
-# class id"). Which of the two ImageNet-1k labels an image there has can no longer be told.
-_MERGED = {
-    "n04356056": "n04355933",
-    "n04493381": "n02808440",
-    "n03642806": "n03832673",
-    "n04008634": "n03773504",
-    "n03887697": "n15075141",
-}
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,8 @@ class PackSummary:
 
     images, masks: number of samples and of those with a mask. classes: number of class folders
     they come from. too_few: classes left out for having fewer than ``per_class`` images.
-    merged: ImageNet-S classes left out because they mix two ImageNet-1k labels.
+    merged: ImageNet-S classes left out because they mix two ImageNet-1k labels. resize: the loss
+    by resizing, None where all bytes are copies.
     """
 
     out: Path
@@ -53,92 +43,7 @@ class PackSummary:
     classes: int
     too_few: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
-
-
-def pack_imagenet_s(
-    root: str | Path,
-    out: str | Path,
-    *,
-    split: str,
-    per_class: int | None = None,
-    shard_images: int = 512,
-    synset_mapping: str | Path | None = None,
-    categories: str | Path | None = None,
-    progress: Progress | None = None,
-) -> PackSummary:
-    """Pack a split of ImageNet-S as its authors' tools lay it out.
-
-    ROOT is ``ImageNetS919`` (or 300, 50) or the folder that holds it, with
-    ``<split>/<synset>/*.JPEG`` and, for the splits that have masks (validation, train-semi),
-    ``<split>-segmentation/<synset>/*.png``. The key is the file's stem, the label the ImageNet-1k
-    index, the json ``{"synset", "mask_id", "source"}``. Without that segmentation folder the
-    shards have neither masks nor mask ids.
-
-    A class that ImageNet-S merged from two ImageNet-1k classes is left out, as in the paper: the
-    label of its images is not known. Mask ids are the 1-based places in the *sorted* synset list
-    (the published ``ImageNetS_categories_im919.txt`` is not sorted); before packing, one mask of
-    each class is opened to see that the ids fit.
-
-    Args:
-        per_class: take the first images of each class in the order of names, and leave out
-            classes that have fewer. The paper takes 5.
-        synset_mapping: lines ``<synset> <name>`` in label order. Default: LOC_synset_mapping.txt
-            in ROOT, else timm's list of ImageNet-1k.
-        categories: one synset a line. Default: ImageNetS_categories_im*.txt in ROOT, else the
-            class folders of the split when there are as many as the data set has classes.
-        progress: called with (images packed, images in all).
-
-    Raises:
-        UsageError: a folder or list is missing or does not fit, or OUT is not empty.
-    """
-    dataset = _dataset_folder(Path(root), split)
-    synsets = _class_folders(dataset / split)
-    labels, names = _imagenet_classes(dataset, synset_mapping)
-    _check_known(synsets, labels, "the synset mapping")
-    segmentation = dataset / f"{split}-segmentation"
-    mask_ids: dict[str, int] = {}
-    if segmentation.is_dir():
-        mask_ids = _mask_ids(dataset, synsets, categories)
-        _check_known(synsets, mask_ids, "the category list")
-
-    merged = [s for merged_in, s in _MERGED.items() if s in synsets and merged_in not in synsets]
-    too_few: list[str] = []
-    chosen: dict[str, list[Path]] = {}
-    for synset in synsets:
-        images = _images(dataset / split / synset)
-        if synset in merged:
-            continue
-        if per_class is not None and len(images) < per_class:
-            too_few.append(synset)
-        else:
-            chosen[synset] = images[:per_class]
-    if mask_ids:
-        _check_mask_ids(segmentation, chosen, mask_ids)
-
-    taken: set[str] = set()
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for synset, images in chosen.items():
-            for image in images:
-                mask = segmentation / synset / f"{image.stem}.png"
-                record: dict[str, Any] = {"synset": synset}
-                if mask_ids:
-                    record["mask_id"] = mask_ids[synset]
-                record["source"] = image.relative_to(dataset).as_posix()
-                yield _sample(
-                    _unique_key(image.stem, taken),
-                    image,
-                    labels[synset],
-                    record,
-                    mask if mask_ids and mask.is_file() else None,
-                )
-
-    total = sum(map(len, chosen.values()))
-    shards, masks = write_shards(Path(out), samples(), total, shard_images, names, progress)
-    classes = sum(map(bool, chosen.values()))
-    return PackSummary(
-        Path(out), shards, total, masks, classes, tuple(too_few), tuple(sorted(merged))
-    )
+    resize: ResizeLoss | None = None
 
 
 def pack_imagefolder(
@@ -147,6 +52,7 @@ def pack_imagefolder(
     *,
     shard_images: int = 512,
     class_names: str | Path | None = None,
+    resize: int | None = None,
     progress: Progress | None = None,
 ) -> PackSummary:
     """Pack ``ROOT/<class>/**/*.jpg|jpeg|png|webp`` (upper or lower case).
@@ -160,19 +66,20 @@ def pack_imagefolder(
         class_names: lines ``<class folder> <name>`` in label order, e.g. LOC_synset_mapping.txt;
             a tab instead of the blank where a folder's name has blanks itself; the name may be
             missing. It may list more classes than ROOT has.
+        resize: short side in pixels of larger pictures; see ``pack_resize.Resizer``.
         progress: called with (images packed, images in all).
 
     Raises:
         UsageError: no class folder, one without images or not in the list, or OUT is not empty.
     """
     root = Path(root)
-    folders = _class_folders(root)
+    folders = class_folders(root)
     if class_names is None:
         labels, names = {folder: label for label, folder in enumerate(folders)}, folders
     else:
-        labels, names = _read_mapping(Path(class_names))
-        _check_known(folders, labels, str(class_names))
-    images = {folder: _images(root / folder, deep=True) for folder in folders}
+        labels, names = read_mapping(Path(class_names))
+        check_known(folders, labels, str(class_names))
+    images = {folder: picture_files(root / folder, deep=True) for folder in folders}
     for folder, found in images.items():
         if not found:
             raise UsageError(
@@ -185,31 +92,17 @@ def pack_imagefolder(
         for folder, found in images.items():
             for image in found:
                 source = image.relative_to(root)
-                key = _unique_key((source.parent / source.stem).as_posix(), taken)
+                key = unique_key((source.parent / source.stem).as_posix(), taken)
                 record = {"class": folder, "source": source.as_posix()}
-                yield _sample(key, image, labels[folder], record, None)
+                yield make_sample(key, image, labels[folder], record, None)
 
     total = sum(map(len, images.values()))
-    shards, masks = write_shards(Path(out), samples(), total, shard_images, names, progress)
-    return PackSummary(Path(out), shards, total, masks, len(folders))
+    packed, loss = resized(samples(), total, resize)
+    shards, masks = write_shards(Path(out), packed, total, shard_images, names, progress)
+    return PackSummary(Path(out), shards, total, masks, len(folders), resize=loss())
 
 
-def _dataset_folder(root: Path, split: str) -> Path:
-    found = [f for f in (root, *(root / name for name in _DATASETS)) if (f / split).is_dir()]
-    if not found:
-        raise UsageError(
-            f"{root} has no folder {split!r}, nor has an {'/'.join(_DATASETS)} in it; give the "
-            "folder of ImageNet-S, and a split such as validation or train-semi."
-        )
-    if len(found) > 1:
-        raise UsageError(
-            f"{root} holds several data sets with a split {split!r}; give one of them: "
-            f"{', '.join(map(str, found))}."
-        )
-    return found[0]
-
-
-def _class_folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
     """Sorted names of the folders in a folder; symbolic links count."""
     if not root.is_dir():
         raise UsageError(f"{root} is no folder; give the folder that holds one folder per class.")
@@ -223,7 +116,7 @@ def _class_folders(root: Path) -> list[str]:
     return names
 
 
-def _images(folder: Path, *, deep: bool = False) -> list[Path]:
+def picture_files(folder: Path, *, deep: bool = False) -> list[Path]:
     """Images of a folder in the order of their names, and with ``deep`` those of its folders."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -243,27 +136,11 @@ def _check_name(folder: Path, name: str) -> None:
         )
 
 
-def _imagenet_classes(
-    dataset: Path, synset_mapping: str | Path | None
-) -> tuple[dict[str, int], list[str]]:
-    """Label of each synset, and the names of all classes in label order."""
-    if synset_mapping is not None:
-        return _read_mapping(Path(synset_mapping))
-    for folder in (dataset, dataset.parent):
-        if (folder / SYNSET_MAPPING_FILE).is_file():
-            return _read_mapping(folder / SYNSET_MAPPING_FILE)
-    from timm.data.imagenet_info import ImageNetInfo  # takes seconds: imports torch
-
-    info = ImageNetInfo("imagenet-1k")
-    labels = {synset: label for label, synset in enumerate(info.label_names())}
-    return labels, list(info.label_descriptions())
-
-
-def _read_mapping(path: Path) -> tuple[dict[str, int], list[str]]:
+def read_mapping(path: Path) -> tuple[dict[str, int], list[str]]:
     """Lines ``<folder> <name>``: the label (line number) of each folder, and the names."""
     labels: dict[str, int] = {}
     names: list[str] = []
-    for line in _lines(path):
+    for line in read_lines(path):
         folder, _, name = line.partition("\t" if "\t" in line else " ")
         if folder in labels:
             raise UsageError(f"{path} lists {folder!r} twice; give each class one line.")
@@ -272,7 +149,8 @@ def _read_mapping(path: Path) -> tuple[dict[str, int], list[str]]:
     return labels, names
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without blanks around them; none may be empty."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -285,7 +163,8 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _check_known(folders: Iterable[str], known: Mapping[str, int], what: str) -> None:
+def check_known(folders: Iterable[str], known: Mapping[str, int], what: str) -> None:
+    """Refuses a class folder that is not in the list ``what``."""
     for folder in folders:
         if folder not in known:
             raise UsageError(
@@ -294,55 +173,7 @@ def _check_known(folders: Iterable[str], known: Mapping[str, int], what: str) ->
             )
 
 
-def _mask_ids(
-    dataset: Path, synsets: Sequence[str], categories: str | Path | None
-) -> dict[str, int]:
-    """Mask id of each synset: its 1-based place among the data set's synsets in sorted order."""
-    if categories is not None:
-        listed = _lines(Path(categories))
-    else:
-        pattern = f"ImageNetS_categories_im{_DATASETS.get(dataset.name, '*')}.txt"
-        files = [file for folder in (dataset, dataset.parent) for file in folder.glob(pattern)]
-        if len(files) == 1:
-            listed = _lines(files[0])
-        elif not files and len(synsets) == _DATASETS.get(dataset.name):
-            listed = synsets
-        else:
-            raise UsageError(
-                f"{dataset} has {len(files)} lists {pattern}, and mask ids need one; put the list "
-                "of the ImageNet-S repository there, or name it with --categories."
-            )
-    return {synset: place for place, synset in enumerate(sorted(set(listed)), start=1)}
-
-
-def _check_mask_ids(
-    segmentation: Path, chosen: Mapping[str, Sequence[Path]], mask_ids: Mapping[str, int]
-) -> None:
-    """Refuse ids that are not in the masks: a wrong list would mark the wrong pixels in silence."""
-    import numpy as np
-    from PIL import Image
-
-    opened = fits = 0
-    for synset, images in chosen.items():
-        mask = next((segmentation / synset / f"{image.stem}.png" for image in images), None)
-        if mask is None or not mask.is_file():
-            continue
-        try:
-            with Image.open(mask) as picture:
-                red, green, _ = np.moveaxis(np.asarray(picture.convert("RGB"), np.int32), 2, 0)
-        except Exception:  # Pillow raises almost anything; the run reports the image itself
-            continue
-        opened += 1
-        fits += bool(np.any(red + 256 * green == mask_ids[synset]))
-    # A mask may miss its class here and there; a wrong list misses nearly all.
-    if 2 * fits < opened:
-        raise UsageError(
-            f"Only {fits} of {opened} masks in {segmentation} show the id of their class; give "
-            "with --categories the list that belongs to this data set."
-        )
-
-
-def _unique_key(name: str, taken: set[str]) -> str:
+def unique_key(name: str, taken: set[str]) -> str:
     """A key not in ``taken``, and there from now on, without dots behind its last slash."""
     folder, slash, stem = name.rpartition("/")
     key = wanted = folder + slash + stem.replace(".", "_")
@@ -354,9 +185,17 @@ def _unique_key(name: str, taken: set[str]) -> str:
     return key
 
 
-def _sample(
+def make_sample(
     key: str, image: Path, label: int, record: dict[str, Any], mask: Path | None
 ) -> dict[str, Any]:
+    """``__key__`` and the bytes of each member by its extension.
+
+    Args:
+        record: what the json says. mask: None where there is none.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
     sample = {
         "__key__": key,
         _IMAGES[image.suffix.lower()]: _read(image),
@@ -375,6 +214,20 @@ def _read(path: Path) -> bytes:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}); mend or remove it and pack again."
         ) from error
+
+
+def resized(
+    samples: Iterator[dict[str, Any]], total: int, short_side: int | None
+) -> tuple[Iterator[dict[str, Any]], Callable[[], ResizeLoss | None]]:
+    """The samples with smaller pictures, and a function that tells the loss once they are written.
+
+    Args:
+        short_side: in pixels; None leaves the samples as they are.
+    """
+    if short_side is None:
+        return samples, lambda: None
+    resizer = Resizer(short_side, total)
+    return map(resizer, samples), resizer.loss
 
 
 def write_shards(

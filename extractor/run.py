@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -18,16 +17,21 @@ import torch
 
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError, UsageError
+from classlens.extractor.jpeg import decoder_facts
 from classlens.extractor.models import Subject, load_subject
-from classlens.extractor.plan import Plan, expand_shards, make_plan
+from classlens.extractor.pipeline import Batch, Pipeline
+from classlens.extractor.plan import Plan, expand_shards, make_plan, read_member
 from classlens.extractor.reducers.ranks import RanksReducer
-from classlens.extractor.schema import FORMAT_VERSION, Layout, Status, all_arrays, committed_units
+from classlens.extractor.schema import FORMAT_VERSION, Layout, Status, all_arrays
 from classlens.extractor.scorer import DTYPES, Scorer
-from classlens.extractor.shards import Decoded, Decoder, decode_unit
-from classlens.extractor.store import StagedUnit, Store, Tables, status_totals
+from classlens.extractor.shards import Decoded, Decoder
+from classlens.extractor.stages import StageTimes
+from classlens.extractor.store import StagedUnit, Store, Tables
+from classlens.extractor.summary import Summary, summarise
+from classlens.extractor.transfer import Transfer
 from classlens.kernels.label_margins import margins_pay
 
-T = TypeVar("T")
+IMAGES_COMPARED = 8  # with PIL, before the run
 
 
 class Progress(Protocol):
@@ -51,34 +55,18 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a run did. images: planned in all; scored and seconds: in this run only."""
-
-    store: str
-    units: int
-    units_committed: int
-    images: int
-    scored: int
-    seconds: float
-    images_per_s: float
-    bytes_per_image: float
-    status: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def bad_images(self) -> int:
-        """Images of the store that could not be scored."""
-        return sum(n for name, n in self.status.items() if name != "ok")
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """Everything an extraction needs before its first image."""
+    """Everything an extraction needs before its first image.
+
+    decoder: which decoder, and how far from PIL on the first images; see ``decoder_facts``.
+    """
 
     config: ExtractConfig
     plan: Plan
     subject: Subject
     layout: Layout
     class_names: tuple[str, ...]
+    decoder: dict[str, Any]
 
     @property
     def raw_bytes_per_image(self) -> int:
@@ -112,7 +100,12 @@ def prepare(
     )
     if config.topk > layout.classes:
         raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")
-    return Prepared(config, plan, subject, layout, _names(subject, class_names))
+    first = (
+        read_member(plan.units[row["unit"]].path, row["offset"], row["size"])
+        for row in plan.manifest.head(IMAGES_COMPARED).iter_rows(named=True)
+    )
+    decoder = decoder_facts(config.decoder, first, config.max_pixels)
+    return Prepared(config, plan, subject, layout, _names(subject, class_names), decoder)
 
 
 def extract(prepared: Prepared, out: Path, progress: Progress | None = None) -> Summary:
@@ -120,53 +113,87 @@ def extract(prepared: Prepared, out: Path, progress: Progress | None = None) -> 
 
     Raises:
         ConfigMismatchError: the store was made with another configuration.
+        ShardError: a shard changed since it was planned.
     """
     progress = progress or Silent()
-    config, plan, subject = prepared.config, prepared.plan, prepared.subject
+    config, plan = prepared.config, prepared.plan
     store = Store.open_or_create(out, prepared.layout, _tables(prepared), _attributes(prepared))
-    scorer = make_scorer(prepared)
-    decoder = Decoder(
-        subject.geometry,
-        subject.grid,
-        prepared.layout.classes,
-        config.max_pixels,
-        prepared.layout.masks,
+    scorer, transfer = make_scorer(prepared), Transfer(config.device)
+    times = StageTimes(config.decoding_threads)
+    pipeline = Pipeline(
+        store, plan.units, _decoder(prepared), transfer, times, batch_size=config.batch_size
     )
     progress.started(plan.manifest.height)
     started_s, scored = time.perf_counter(), 0
-    with ThreadPoolExecutor(config.decode_threads) as pool:
-        for unit in plan.units:
-            with store.stage(unit.index) as staged:
-                if staged is None:
-                    progress.advanced(unit.images, scored=False)
-                    continue
-                rows = store.unit_rows(unit.index)
-                images = decode_unit(unit, rows, decoder, pool, ahead=2 * config.batch_size)
-                for batch in batched(images, config.batch_size):
-                    score_batch(batch, scorer, staged, prepared.layout.classes)
-                    progress.advanced(len(batch), scored=True)
-                    scored += len(batch)
+    with pipeline:
+        for batch, results in score_batches(pipeline.batches(), scorer, transfer, times):
+            if batch.staged is None:  # committed before, or with another process
+                progress.advanced(batch.unit.images, scored=False)
+                continue
+            with times.busy("stage"):
+                stage_results(batch.images, results, batch.staged, prepared.layout.classes)
+            progress.advanced(len(batch.images), scored=True)
+            scored += len(batch.images)
+            if batch.ends_unit:
+                pipeline.commit(batch)
     store.finish()
-    return summarise(prepared, out, scored, time.perf_counter() - started_s)
+    return summarise(plan, out, scored, time.perf_counter() - started_s, times)
 
 
-def score_batch(batch: list[Decoded], scorer: Scorer, staged: StagedUnit, classes: int) -> None:
-    """Scores the good images of a batch; the bad ones keep their status and the fill values."""
-    for image in batch:
+def score_batches(
+    batches: Iterable[Batch], scorer: Scorer, transfer: Transfer, times: StageTimes
+) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+    """Each batch with the arrays of its good images, by path.
+
+    On a GPU the next batch is launched before the results of one are waited for.
+    """
+    launched: deque[tuple[Batch, Callable[[], dict[str, np.ndarray]]]] = deque()
+
+    def arrived() -> tuple[Batch, dict[str, np.ndarray]]:
+        batch, results = launched.popleft()
+        with times.busy("score"):
+            return batch, results()
+
+    for batch in batches:
+        with times.busy("score"):
+            launched.append((batch, launch(batch, scorer, transfer)))
+        if len(launched) > transfer.ahead:
+            yield arrived()
+    while launched:
+        yield arrived()
+
+
+def launch(batch: Batch, scorer: Scorer, transfer: Transfer) -> Callable[[], dict[str, np.ndarray]]:
+    """Starts scoring the good images of a batch; the function returned waits for the results."""
+    images = batch.images
+    good = [place for place, image in enumerate(images) if image.status is Status.OK]
+    if not good:
+        return dict
+    pixels = batch.pixels if len(good) == len(images) else batch.pixels[good]
+    labels = torch.tensor([images[place].label for place in good])
+    scored = scorer.score(transfer.to_device(pixels), transfer.to_device(labels))
+    return transfer.to_host(scored)
+
+
+def stage_results(
+    images: Sequence[Decoded], results: Mapping[str, np.ndarray], staged: StagedUnit, classes: int
+) -> None:
+    """Puts a batch into its unit; bad images keep their status and the fill values.
+
+    Args:
+        results: arrays of the good images, by path; empty when there is none.
+    """
+    for image in images:
         place = np.array([image.position])
         staged.put("images/label", place, np.array([image.label]))
         staged.put("images/status", place, np.array([image.status]))
         if image.mask_fraction is not None:
             staged.put("images/mask_fraction", place, image.mask_fraction[None])
-    good = [image for image in batch if image.status is Status.OK]
-    if not good:
+    if not results:
         return
-    pixels = torch.from_numpy(np.stack([image.pixels for image in good]))
-    labels = torch.tensor([image.label for image in good])
-    arrays = {path: value.numpy() for path, value in scorer.score(pixels, labels).items()}
-    places = np.array([image.position for image in good])
-    finite = (arrays["scores/rank"] < classes).all(axis=(1, 2, 3))
-    for path, values in arrays.items():
+    places = np.array([image.position for image in images if image.status is Status.OK])
+    finite = (results["scores/rank"] < classes).all(axis=(1, 2, 3))
+    for path, values in results.items():
         staged.put(path, places[finite], values[finite])
     staged.put("images/status", places[~finite], np.full((~finite).sum(), Status.NONFINITE))
 
@@ -185,34 +212,22 @@ def make_scorer(prepared: Prepared) -> Scorer:
     except ValueError as error:
         raise ModelError(f"{config.model} cannot be scored in {config.dtype}: {error}") from error
     margins = on_cpu and dtype == torch.bfloat16 and margins_pay()
-    reducers = [RanksReducer(space, config.streams, config.topk, margins)]
+    reducers = [RanksReducer(space, config.streams, config.topk, margins=margins)]
     return Scorer(
         subject, reducers, dtype=dtype, device=config.device, convention=config.convention
     )
 
 
-def summarise(prepared: Prepared, out: Path, scored: int, seconds: float) -> Summary:
-    """The state of the store and the figures of this run."""
-    committed = committed_units(out)
-    held = sum(prepared.plan.units[u].images for u in committed)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Summary(
-        store=str(out),
-        units=len(prepared.plan.units),
-        units_committed=len(committed),
-        images=prepared.plan.manifest.height,
-        scored=scored,
-        seconds=round(seconds, 3),
-        images_per_s=round(scored / seconds, 2) if scored else 0.0,
-        bytes_per_image=round(size / held, 1) if held else 0.0,
-        status=dict(status_totals(out)),
+def _decoder(prepared: Prepared) -> Decoder:
+    config, subject, layout = prepared.config, prepared.subject, prepared.layout
+    return Decoder(
+        name=config.decoder,
+        geometry=subject.geometry,
+        grid=subject.grid,
+        classes=layout.classes,
+        max_pixels=config.max_pixels,
+        masks=layout.masks,
     )
-
-
-def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """Consecutive lists of ``size`` items, the last one shorter."""
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def _tables(prepared: Prepared) -> Tables:
@@ -239,6 +254,7 @@ def _attributes(prepared: Prepared) -> dict[str, Any]:
             "pixels": geometry,
         },
         "versions": versions,
+        "decoder": prepared.decoder,
         "device": _device_name(config.device),
     }
 
@@ -269,8 +285,3 @@ def _names(subject: Subject, file: Path | None) -> tuple[str, ...]:
             f"{subject.space.num_classes} classes; give one name a line, in class order."
         )
     return names
-
-
-def summary_json(summary: Summary) -> dict[str, Any]:
-    """The summary for ``--json``."""
-    return asdict(summary) | {"bad_images": summary.bad_images}

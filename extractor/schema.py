@@ -57,7 +57,8 @@ class Layout:
     images: length of the image axis, padding included. unit_images: places a unit fills on it.
     blocks: L. streams: names, in the order of the stream axis. token_kinds: kind of each prefix
     token. grid: patch rows and columns. classes: C. topk: number of ``top*`` arrays. masks: whether
-    ``images/mask_fraction`` exists.
+    ``images/mask_fraction`` exists. certified: whether every rank is proven exact, and
+    ``scores/recomputed`` exists.
     """
 
     images: int
@@ -69,6 +70,7 @@ class Layout:
     classes: int
     topk: int
     masks: bool
+    certified: bool = False
 
     @property
     def prefix(self) -> int:
@@ -149,12 +151,15 @@ def score_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     axes = ("image", "block", "stream", "token")
     integer = class_dtype(layout.classes)
     fill = 65_535 if integer == "uint16" else 4_294_967_295
-    return (
+    arrays = [
         ArraySpec("scores/rank", integer, axes, fill),
         ArraySpec("scores/label_logit", "float16", axes, float("nan")),
         ArraySpec("scores/label_logprob", "float16", axes, float("nan")),
         *(ArraySpec(f"scores/top{i + 1}", integer, axes, fill) for i in range(layout.topk)),
-    )
+    ]
+    if layout.certified:  # how many tokens of all streams took comparisons in float64
+        arrays.append(ArraySpec("scores/recomputed", "uint32", ("image", "block"), 0))
+    return tuple(arrays)
 
 
 def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:

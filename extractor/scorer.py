@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from classlens.extractor.models import Subject, walk
+from classlens.extractor.models import Subject, block_sites, walk
 from classlens.extractor.schema import ArraySpec, Layout
+from classlens.kernels.reductions import compiled
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -29,7 +30,8 @@ class Reducer(Protocol):
 class Scorer:
     """A model and its reducers on one device, in one dtype.
 
-    Moves and casts ``subject.model`` in place.
+    Moves and casts ``subject.model`` in place. ``compile`` has torch.compile fuse what stands
+    between the matrix products of a block.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Scorer:
         dtype: torch.dtype,
         device: str,
         convention: str,
+        compile: bool = False,
     ) -> None:
         self.model = subject.model.to(device=device, dtype=dtype)
         self.reducers = tuple(reducers)
         self.convention = convention
+        self._block_sites = compiled(block_sites) if compile else block_sites
         self.device, self.dtype = torch.device(device), dtype
         channel = (1, 3, 1, 1)
         mean = torch.tensor(subject.geometry.mean, device=device).view(channel)
@@ -65,14 +69,15 @@ class Scorer:
             labels: int64 [N], all in [0, C).
 
         Returns:
-            by array path, on the CPU: every reducer's arrays [N, L, …], and
-            ``images/prediction`` int64 [N], the model's own top class.
+            by array path, on the device, where they may still be under way: every reducer's arrays
+            [N, L, …], and ``images/prediction`` int64 [N], the model's own top class.
         """
         labels = labels.to(self.device)
         per_block: dict[str, list[Tensor]] = {}
         reducers = [reducer.for_batch(labels) for reducer in self.reducers]
         x = None
-        for _, sites in walk(self.model, self.images(pixels), self.convention):
+        images = self.images(pixels)
+        for _, sites in walk(self.model, images, self.convention, self._block_sites):
             x = sites["resid"]
             for reduce in reducers:
                 for path, value in reduce(sites).items():
@@ -81,4 +86,4 @@ class Scorer:
         logits = self.model.forward_head(self.model.norm(x))
         result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
         result["images/prediction"] = logits.float().argmax(dim=-1)
-        return {path: value.cpu() for path, value in result.items()}
+        return result

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image
 
 from classlens.extractor.errors import ShardError
 from classlens.extractor.geometry import Geometry, class_pixels
+from classlens.extractor.jpeg import to_rgb
 from classlens.extractor.plan import IMAGE_EXTENSIONS, MASK_EXTENSION, Unit
 from classlens.extractor.schema import Status
 
@@ -31,8 +30,11 @@ Image.MAX_IMAGE_PIXELS = None
 class Decoder:
     """How a sample becomes pixels.
 
-    classes: C, the bound of a valid label. masks: whether masks are read at all.
+    name: a key of ``jpeg.DECODERS``. classes: C, the bound of a valid label. masks: whether masks
+    are read at all.
     """
+
+    name: str
 
     geometry: Geometry
     grid: tuple[int, int]
@@ -43,7 +45,7 @@ class Decoder:
 
 @dataclass
 class Decoded:
-    """One planned image. pixels: uint8 [H, W, 3] when the status is OK.
+    """What became of one planned image.
 
     position: place within the unit. label: −1 when there is none. mask_fraction: uint8 [G], the
     share of each patch that shows the class, or None.
@@ -52,30 +54,17 @@ class Decoded:
     position: int
     label: int
     status: Status
-    pixels: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     mask_fraction: np.ndarray | None = None
 
 
-def decode_unit(
-    unit: Unit, rows: pl.DataFrame, decoder: Decoder, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Decoded]:
-    """All planned images of a unit, in order, decoded by the pool's threads.
+@dataclass(frozen=True)
+class Planned:
+    """One planned image, read but not decoded: its row of the manifest and its members' bytes."""
 
-    Args:
-        rows: the unit's part of the manifest.
-        ahead: how many images may be decoded before they are asked for; bounds the memory.
-
-    Raises:
-        ShardError: the tar no longer holds what was planned.
-    """
-    pending: deque[Future[Decoded]] = deque()
-    for position, (sample, row) in enumerate(_planned_samples(unit, rows)):
-        masked = decoder.masks and unit.masks
-        pending.append(pool.submit(_decode, sample, row, position, decoder, masked))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    position: int
+    row: dict
+    members: dict
+    masked: bool
 
 
 def read_samples(unit: Unit) -> Iterator[dict]:
@@ -87,10 +76,18 @@ def read_samples(unit: Unit) -> Iterator[dict]:
         yield from wds.tariterators.group_by_keys(members)
 
 
-def _planned_samples(unit: Unit, rows: pl.DataFrame) -> Iterable[tuple[dict, dict]]:
+def planned_images(unit: Unit, rows: pl.DataFrame) -> Iterator[Planned]:
+    """All planned images of a unit, in order.
+
+    Args:
+        rows: the unit's part of the manifest.
+
+    Raises:
+        ShardError: the tar no longer holds what was planned.
+    """
     # webdataset ends in silence on a damaged tar, so the sequence of keys is held to the plan.
     samples = read_samples(unit)
-    for row in rows.iter_rows(named=True):
+    for position, row in enumerate(rows.iter_rows(named=True)):
         sample = next(samples, None)
         if sample is None or sample["__key__"] != row["key"]:
             found = "the end of the shard" if sample is None else sample["__key__"]
@@ -98,27 +95,33 @@ def _planned_samples(unit: Unit, rows: pl.DataFrame) -> Iterable[tuple[dict, dic
                 f"{unit.path} changed since it was planned: expected image {row['key']} at byte "
                 f"{row['offset']}, found {found}; restore the file or extract to a new store."
             )
-        yield sample, row
+        yield Planned(position, row, sample, unit.masks)
 
 
-def _decode(sample: dict, row: dict, position: int, decoder: Decoder, masked: bool) -> Decoded:
+def decode(image: Planned, decoder: Decoder, pixels: np.ndarray) -> Decoded:
+    """Decodes, resizes and crops one image and its mask.
+
+    Args:
+        pixels: uint8 [H, W, 3]; holds the image afterwards when its status is OK.
+    """
+    position, row = image.position, image.row
     label = -1 if row["label"] is None else row["label"]
     if not 0 <= label < decoder.classes:
         return Decoded(position, label, Status.LABEL_INVALID)
-    data = next(sample[e] for e in IMAGE_EXTENSIONS if e in sample)
-    image = _open(data, decoder)
-    if isinstance(image, Status):
-        return Decoded(position, label, image)
-    pixels = np.asarray(decoder.geometry.crop(image))
-    if not masked:
-        return Decoded(position, label, Status.OK, pixels)
-    if MASK_EXTENSION not in sample:
+    data = next(image.members[e] for e in IMAGE_EXTENSIONS if e in image.members)
+    picture = _open(data, decoder)
+    if isinstance(picture, Status):
+        return Decoded(position, label, picture)
+    pixels[...] = np.asarray(decoder.geometry.crop(picture))
+    if not (decoder.masks and image.masked):
+        return Decoded(position, label, Status.OK)
+    if MASK_EXTENSION not in image.members:
         return Decoded(position, label, Status.MASK_MISSING)
-    mask = _open(sample[MASK_EXTENSION], decoder)
-    if isinstance(mask, Status) or mask.size != image.size:
+    mask = _open(image.members[MASK_EXTENSION], decoder)
+    if isinstance(mask, Status) or mask.size != picture.size:
         return Decoded(position, label, Status.MASK_UNDECODABLE)
     covered = decoder.geometry.mask_coverage(class_pixels(mask, row["mask_id"]), decoder.grid)
-    return Decoded(position, label, Status.OK, pixels, covered)
+    return Decoded(position, label, Status.OK, covered)
 
 
 def _open(data: bytes, decoder: Decoder) -> Image.Image | Status:
@@ -128,7 +131,7 @@ def _open(data: bytes, decoder: Decoder) -> Image.Image | Status:
         pixels = max(image.width * image.height, decoder.geometry.resized_pixels(image.size))
         if pixels > decoder.max_pixels:
             return Status.TOO_LARGE
-        return image.convert("RGB")
+        return to_rgb(data, image, decoder.name)
     except Exception:  # Pillow's decoders raise almost anything on damaged bytes
         return Status.UNDECODABLE
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from classlens.extractor.schema import ArraySpec, Layout, score_arrays
-from classlens.kernels.class_scores import class_scores
+from classlens.kernels.certify import Certifier
+from classlens.kernels.class_scores import Impl, class_scores
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.label_margins import label_margins
 
@@ -18,14 +19,17 @@ from classlens.kernels.label_margins import label_margins
 class RanksReducer:
     """Projects the chosen streams onto the class embedding and keeps what a rank query needs.
 
-    space: on the model's device. streams: sites to score, in this order. margins: multiply in
-    bfloat16 on a CPU, by the margins over the label.
+    space: on the model's device. streams: sites to score, in this order. impl: as in
+    `class_scores`. margins: multiply in bfloat16 on a CPU, by the margins over the label.
+    certifier: proves or mends every rank.
     """
 
     space: ClassSpace
     streams: tuple[str, ...]
     topk: int
-    margins: bool
+    impl: Impl = "auto"
+    margins: bool = False
+    certifier: Certifier | None = None
 
     def arrays(self, layout: Layout) -> tuple[ArraySpec, ...]:
         """The arrays it fills, [image, block, stream, token]."""
@@ -36,23 +40,46 @@ class RanksReducer:
 
         The function returned takes the block's sites, each [N, T, D], and returns by array path,
         [N, S, T]: ranks (C where activations are not finite) and top classes int32, logits and
-        log-probabilities float32.
+        log-probabilities float32; and, where ranks are certified, [N] the number of tokens that
+        took comparisons in float64.
         """
         margins = label_margins(self.space, labels) if self.margins else None
 
         def reduce(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            x = torch.stack([sites[s] for s in self.streams], dim=1)
-            scores = class_scores(
-                x.flatten(1, 2), self.space, labels, topk=self.topk, margins=margins
-            )
-            assert scores.logsumexp is not None
+            x = [sites[s] for s in self.streams]
+            n_tokens = x[0].shape[1]
+            if (
+                x[0].is_cuda or margins is not None
+            ):  # one launch; one product for an image's margins
+                x = [torch.cat(x, dim=1)]
+            parts = [
+                class_scores(
+                    part,
+                    self.space,
+                    labels,
+                    topk=self.topk,
+                    impl=self.impl,
+                    margins=margins,
+                    certifier=self.certifier,
+                )
+                for part in x
+            ]
+
+            def joined(name: str) -> Tensor:
+                values = torch.cat([getattr(part, name) for part in parts], dim=1)
+                return values.unflatten(1, (len(self.streams), n_tokens))
+
+            label_logit = joined("label_logit")
             reduced = {
-                "scores/rank": scores.rank,
-                "scores/label_logit": scores.label_logit,
-                "scores/label_logprob": scores.label_logit - scores.logsumexp,
+                "scores/rank": joined("rank"),
+                "scores/label_logit": label_logit,
+                "scores/label_logprob": label_logit - joined("logsumexp"),
             }
+            topk = joined("topk")
             for i in range(self.topk):
-                reduced[f"scores/top{i + 1}"] = scores.topk[..., i]
-            return {path: value.view(x.shape[:3]) for path, value in reduced.items()}
+                reduced[f"scores/top{i + 1}"] = topk[..., i]
+            if self.certifier is not None:
+                reduced["scores/recomputed"] = joined("recomputed").sum(dim=(1, 2))
+            return reduced
 
         return reduce

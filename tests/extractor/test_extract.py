@@ -159,7 +159,7 @@ def test_bad_images_are_rows_with_a_status_and_the_others_are_untouched(make_sha
 
 
 def test_activations_that_overflow_are_reported_not_stored(make_shards, tmp_path, monkeypatch):
-    def overflowing(model, images, convention):
+    def overflowing(model, images, convention, *others):
         for block, sites in walk(model, images, convention):
             sites["attn"][1, 2, 3] = float("inf")  # of the second image of each batch
             yield block, sites
@@ -176,16 +176,16 @@ def test_resume_scores_only_what_is_missing(make_shards, tmp_path, monkeypatch):
     shards = [str(s) for s in make_shards((4, 4, 4))]
     out = tmp_path / "store"
     scored = 0
-    score_batch = run.score_batch
+    stage_results = run.stage_results
 
     def failing(*arguments):
         nonlocal scored
         scored += 1
         if scored == 2:
             raise KeyboardInterrupt
-        score_batch(*arguments)
+        stage_results(*arguments)
 
-    monkeypatch.setattr(run, "score_batch", failing)
+    monkeypatch.setattr(run, "stage_results", failing)
     with pytest.raises(KeyboardInterrupt):
         extract(prepare(config("cls"), shards), out)
     summary = extract(prepare(config("cls"), shards), out)

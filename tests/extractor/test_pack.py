@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from classlens.extractor.errors import ClasslensError, UsageError
-from classlens.extractor.pack import pack_imagefolder, pack_imagenet_s
+from classlens.extractor.pack import pack_imagefolder
+from classlens.extractor.pack_imagenet_s import pack_imagenet_s
 from classlens.extractor.plan import Plan, Unit, expand_shards, make_plan
 from classlens.extractor.shards import read_samples
 
