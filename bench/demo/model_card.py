@@ -7,9 +7,9 @@ MODEL_NAME = "vit_tiny_patch16_224"
 MODEL_ARGS: dict[str, Any] = {
     "img_size": 64,
     "patch_size": 8,
-    "embed_dim": 96,
-    "depth": 6,
-    "num_heads": 3,
+    "embed_dim": 128,
+    "depth": 8,
+    "num_heads": 4,
     "num_classes": 100,
 }
 MEAN = (0.4, 0.4, 0.4)

@@ -175,7 +175,7 @@ def train(model: nn.Module, steps: int, seed: int, checkpoint: Path) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the weights (safetensors, float16).",
 )
-@click.option("--steps", default=2600, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=3500, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads."
