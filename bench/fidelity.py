@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.run import Prepared
+    from classlens.extractor.prepare import Prepared
     from classlens.extractor.scorer import Scorer
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -109,7 +109,7 @@ def measure(
     """
     import numpy as np
 
-    from classlens.extractor.run import prepare
+    from classlens.extractor.prepare import prepare
 
     prepared = prepare(config, [str(shards)])
     layout = prepared.layout
@@ -216,7 +216,7 @@ def ranks_in_dtype(
     """Ranks [N, L, S, T] as an extraction stores them, and those of its activations in float64."""
     import numpy as np
 
-    from classlens.extractor.run import make_scorer
+    from classlens.extractor.engine import make_scorer
 
     scorer, size = make_scorer(prepared), prepared.config.batch_size
     batches = list(zip(pixels.split(size), labels.split(size), strict=True))

@@ -71,7 +71,8 @@ def measure(shards: Path, store: Path) -> dict[str, Any]:
         AssertionError: an image was not scored, or the store is not whole.
     """
     from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.run import extract, prepare
+    from classlens.extractor.prepare import prepare
+    from classlens.extractor.run import extract
     from classlens.extractor.store import verify
 
     config = ExtractConfig(model=MODEL, model_args=MODEL_ARGS, weights="random:0")

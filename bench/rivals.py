@@ -201,7 +201,7 @@ def measure(
     import torch
 
     from classlens.bench.photographs import write_photographs
-    from classlens.extractor.run import prepare
+    from classlens.extractor.prepare import prepare
 
     shards = write_photographs(folder / "shards", images, images, images // IMAGES_PER_CLASS)
     prepared = [prepare(config, [str(shards)]) for config in configs]
@@ -369,7 +369,8 @@ def load_ours(settings: dict[str, Any]) -> rivals_reference.Extract:
     import torch
 
     from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.run import extract, prepare
+    from classlens.extractor.prepare import prepare
+    from classlens.extractor.run import extract
 
     torch.set_num_threads(settings["threads"])
     config = settings["config"] | {"streams": tuple(settings["config"]["streams"])}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import polars as pl
     from torch import Tensor
 
-    from classlens.extractor.run import Prepared
+    from classlens.extractor.prepare import Prepared
 
 STREAMS = {"resid": "hs", "attn": "hs-attn", "mlp": "hs-mlp"}  # our names and theirs
 CLASSES = 1000
@@ -149,8 +149,8 @@ def rank_brackets(
     import numpy as np
     import torch
 
+    from classlens.extractor.engine import make_scorer
     from classlens.extractor.models import walk
-    from classlens.extractor.run import make_scorer
     from classlens.kernels.bounds import rank_bracket
 
     config = prepared.config

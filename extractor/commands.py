@@ -6,7 +6,6 @@ torch and zarr are imported inside the functions, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from classlens.extractor.errors import UsageError
 
 if TYPE_CHECKING:
     from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.run import Prepared
+    from classlens.extractor.prepare import Prepared
     from classlens.extractor.summary import Summary
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -108,7 +107,14 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1),
+              help="[default: 32 on a CPU; what a GPU has memory for, up to 512]")  # fmt: skip
+@click.option("--certify", is_flag=True,
+              help="Prove every rank equal to that of exact arithmetic, or mend it.")  # fmt: skip
+@click.option("--compile/--no-compile", default=None,
+              help="Have torch.compile fuse the forward pass and the reductions; a CPU needs a C++ "
+              "compiler.  [default: on a CPU, from 3,000 images]")  # fmt: skip
+@click.option("--cuda-graph", is_flag=True, help="Launch each batch on a GPU as one graph.")
 @click.option("--decoder", type=click.Choice(["simplejpeg", "pil"]), default="simplejpeg",
               show_default=True,
               help="Of JPEGs; how far its pixels are from PIL's is stored.")  # fmt: skip
@@ -138,8 +144,8 @@ def extract(
     classlens extract 'shards/shard-{000000..000024}.tar' --model vit_base_patch16_224 --out store
     classlens extract shards --model deit3_small_patch16_224 --weights random:0 --out control
     """
+    from classlens.extractor.prepare import prepare
     from classlens.extractor.run import extract as run_extract
-    from classlens.extractor.run import prepare
     from classlens.extractor.summary import summary_json
 
     config = _config(**options)
@@ -154,6 +160,7 @@ def extract(
         click.echo(json.dumps(summary_json(summary)))
     else:
         _print_summary(summary)
+        _print_faster_dtype(config)
     return 3 if summary.bad_images else None
 
 
@@ -169,10 +176,13 @@ def info(store: Path, as_json: bool) -> None:
         click.echo(json.dumps(attributes))
         return
     layout, config = Layout.from_json(attributes["layout"]), attributes["config"]
+    decoder = attributes["decoder"]
     rows = {
         "model": f"{config['model']}, weights {config['weights']}",
         "numerics": f"{config['dtype']} on {attributes['device']}",
-        "decoder": _decoder_line(attributes.get("decoder")),
+        "scoring": attributes["impl"] + (", certified" if config["certify"] else ""),
+        "decoder": f"{decoder['name']} {decoder['version']}, at most "
+        f"{decoder['max_abs_difference']} of 255 from PIL on {decoder['images_compared']} images",
         "geometry": f"{config['geometry']}, {_shape(attributes['geometry']['input_size'])} pixels",
         "convention": config["convention"],
         "blocks": layout.blocks,
@@ -248,14 +258,19 @@ def _config(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return ExtractConfig(
         streams=tuple(name for name in streams.split(",") if name),
-        model_args=dict(_model_arg(argument) for argument in model_args),
+        model_args=dict(parse_model_arg(argument) for argument in model_args),
         dtype=dtype or ("float32" if device == "cpu" else "float16"),  # pyright: ignore
         device=device,
         **rest,
     )
 
 
-def _model_arg(argument: str) -> tuple[str, Any]:
+def parse_model_arg(argument: str) -> tuple[str, Any]:
+    """KEY=VALUE -> (KEY, VALUE), the value read as JSON where it is JSON.
+
+    Raises:
+        UsageError: there is no "=".
+    """
     name, separator, text = argument.partition("=")
     if not separator:
         raise UsageError(f"--model-arg takes KEY=VALUE, got {argument!r}.")
@@ -300,6 +315,8 @@ def _print_summary(summary: Summary) -> None:
         )
         busy = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages.items())
         click.echo(f"busy seconds: {busy}; threads that decode: {summary.decode_threads}")
+    if summary.recomputed_share is not None:
+        click.echo(f"every rank is certified; {summary.recomputed_share:.2%} took float64")
     for name, count in summary.status.items():
         if name != "ok":
             click.echo(f"not scored: {count:,} {name} (see the table `images`, column status)")
@@ -308,13 +325,14 @@ def _print_summary(summary: Summary) -> None:
         click.echo(f"{left} units are with other processes; `classlens status` shows when done")
 
 
-def _decoder_line(decoder: Mapping[str, Any] | None) -> str:
-    if decoder is None:  # stores of classlens 0.1
-        return "pil"
-    return (
-        f"{decoder['name']} {decoder['version']}, at most {decoder['max_abs_difference']} of 255 "
-        f"from PIL on {decoder['images_compared']} images"
-    )
+def _print_faster_dtype(config: ExtractConfig) -> None:
+    from classlens.kernels.label_margins import bfloat16_speedup, margins_pay
+
+    if config.on_cpu and config.dtype == "float32" and margins_pay():
+        click.echo(
+            f"this CPU multiplies bfloat16 {bfloat16_speedup():.1f} times as fast: --dtype "
+            "bfloat16, which is less exact (`classlens bench fidelity` says by how much)"
+        )
 
 
 def _report_pack(summary: Any, as_json: bool) -> None:

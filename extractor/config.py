@@ -23,7 +23,9 @@ class ExtractConfig:
     convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of GAP
     models through their block's norm first. max_pixels: larger pictures are not decoded.
     decoder: of JPEGs; part of the content, so that a store never mixes two. decode_threads: None
-    suits the machine, see :attr:`decoding_threads`.
+    suits the machine, see :attr:`decoding_threads`. certify: prove or mend every rank, see
+    `classlens.kernels.certify`. batch_size: None finds one by trial on a GPU, and is 32 on a CPU.
+    compile: what torch.compile can fuse; None where it pays. cuda_graph: launch a batch as one.
     """
 
     model: str
@@ -37,8 +39,11 @@ class ExtractConfig:
     max_pixels: int = 100_000_000
     decoder: Literal["simplejpeg", "pil"] = "simplejpeg"
     device: str = "cpu"
-    batch_size: int = 32
+    batch_size: int | None = None
     decode_threads: int | None = None
+    certify: bool = False
+    compile: bool | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         unknown = [s for s in self.streams if s not in STREAMS]
@@ -49,10 +54,17 @@ class ExtractConfig:
             )
         if self.topk < 0:
             raise UsageError(f"--topk is {self.topk}; give 0 or more.")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}; give 1 or more.")
         if self.decode_threads is not None and self.decode_threads < 1:
             raise UsageError(f"--decode-threads is {self.decode_threads}; give 1 or more.")
+        if self.cuda_graph and (self.on_cpu or self.certify):
+            raise UsageError("--cuda-graph is for a GPU and ranks that are not certified.")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is a CPU."""
+        return self.device == "cpu"
 
     @property
     def decoding_threads(self) -> int:
@@ -67,7 +79,7 @@ class ExtractConfig:
             return self.decode_threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         cores = cores or 1
-        return max(1, cores // 8 if self.device == "cpu" else min(16, cores - 2))
+        return max(1, cores // 8 if self.on_cpu else min(16, cores - 2))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping of all fields."""
@@ -75,5 +87,5 @@ class ExtractConfig:
 
     def content(self) -> dict[str, Any]:
         """The fields that decide which numbers are stored; the rest only decide how fast."""
-        speed_only = {"device", "batch_size", "decode_threads", "weights"}
+        speed_only = {"device", "batch_size", "decode_threads", "compile", "cuda_graph", "weights"}
         return {k: v for k, v in self.to_json().items() if k not in speed_only}

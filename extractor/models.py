@@ -155,7 +155,8 @@ def walk(
     Args:
         images: normalised, [N, 3, H, W].
         convention: ``vilas2023`` passes ``attn`` and ``mlp`` of GAP models through the block's
-            ``norm1`` and ``norm2``, as the paper's code does; ``corrected`` leaves them as added.
+            ``norm1`` and ``norm2`` (post-norm blocks, like the paper's GAP model, have done so
+            already); ``corrected`` leaves them as added.
         sites_of: `block_sites`, or a compiled one.
     """
     renorm = convention == "vilas2023" and model.global_pool == "avg"
@@ -164,7 +165,7 @@ def walk(
         assert isinstance(block, Block | ResPostBlock)
         sites = sites_of(block, x)
         x = sites["resid"]
-        if renorm:
+        if renorm and isinstance(block, Block):
             sites["attn"] = block.norm1(sites["attn"])
             sites["mlp"] = block.norm2(sites["mlp"])
         yield index, sites

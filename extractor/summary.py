@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from classlens.extractor.plan import Plan
+import numpy as np
+import zarr
+
+from classlens.extractor.prepare import Prepared
 from classlens.extractor.schema import STAGING_DIR, committed_units
 from classlens.extractor.stages import StageTimes
 from classlens.extractor.store import status_totals
@@ -19,7 +22,8 @@ class Summary:
 
     images: planned in all; scored, seconds and stages: in this run only. stages: busy seconds, see
     ``StageTimes``; those of ``decode`` are summed over decode_threads. held_back_by: the stage to
-    make faster; empty when nothing was scored.
+    make faster; empty when nothing was scored. recomputed_share: of the store's ranks, those that
+    took comparisons in float64; None where ranks are not certified.
     """
 
     store: str
@@ -34,6 +38,7 @@ class Summary:
     stages: dict[str, float] = field(default_factory=dict)
     decode_threads: int = 1
     held_back_by: str = ""
+    recomputed_share: float | None = None
 
     @property
     def bad_images(self) -> int:
@@ -41,8 +46,11 @@ class Summary:
         return sum(n for name, n in self.status.items() if name != "ok")
 
 
-def summarise(plan: Plan, out: Path, scored: int, seconds: float, times: StageTimes) -> Summary:
+def summarise(
+    prepared: Prepared, out: Path, scored: int, seconds: float, times: StageTimes
+) -> Summary:
     """The state of the store and the figures of this run."""
+    plan, status = prepared.plan, dict(status_totals(out))
     committed = committed_units(out)
     held = sum(plan.units[u].images for u in committed)
     size = store_bytes(out)
@@ -55,10 +63,11 @@ def summarise(plan: Plan, out: Path, scored: int, seconds: float, times: StageTi
         seconds=round(seconds, 3),
         images_per_s=round(scored / seconds, 2) if scored else 0.0,
         bytes_per_image=round(size / held, 1) if held else 0.0,
-        status=dict(status_totals(out)),
+        status=status,
         stages=times.seconds(),
         decode_threads=times.decode_threads,
         held_back_by=times.held_back_by() if scored else "",
+        recomputed_share=_recomputed_share(prepared, out, status.get("ok", 0)),
     )
 
 
@@ -74,3 +83,12 @@ def store_bytes(out: Path) -> int:
 def summary_json(summary: Summary) -> dict[str, Any]:
     """The summary for ``--json``."""
     return asdict(summary) | {"bad_images": summary.bad_images}
+
+
+def _recomputed_share(prepared: Prepared, out: Path, scored: int) -> float | None:
+    layout = prepared.layout
+    if not layout.certified or not scored:
+        return None
+    counts = np.asarray(zarr.open_array(str(out / "scores/recomputed"), mode="r")[...])
+    ranks = scored * layout.blocks * len(layout.streams) * layout.tokens
+    return round(int(counts.sum()) / ranks, 6)

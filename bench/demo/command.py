@@ -44,7 +44,8 @@ def demo(out: Path) -> None:
     from classlens.bench.demo.model_card import WEIGHTS
     from classlens.extractor.console import bar
     from classlens.extractor.console import status as spinner
-    from classlens.extractor.run import extract, prepare
+    from classlens.extractor.prepare import prepare
+    from classlens.extractor.run import extract
 
     shards = out / "shards"
     if not shards.exists():

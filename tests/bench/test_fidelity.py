@@ -9,7 +9,7 @@ from classlens.bench import fidelity
 from classlens.bench.photographs import write_photographs
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import UsageError
-from classlens.extractor.run import prepare
+from classlens.extractor.prepare import prepare
 
 ARGUMENTS = {
     "img_size": 32,

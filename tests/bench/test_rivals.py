@@ -34,7 +34,8 @@ from classlens.bench.rivals_check import (
 )
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ClasslensError, UsageError
-from classlens.extractor.run import Prepared, extract, prepare
+from classlens.extractor.prepare import Prepared, prepare
+from classlens.extractor.run import extract
 from classlens.extractor.store import verify
 
 REFERENCE = os.environ.get("CLASSLENS_REFERENCE")

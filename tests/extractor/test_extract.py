@@ -13,7 +13,8 @@ from classlens.extractor import run
 from classlens.extractor.errors import ConfigMismatchError, ShardError, UsageError
 from classlens.extractor.models import load_subject, walk
 from classlens.extractor.plan import make_plan
-from classlens.extractor.run import extract, prepare
+from classlens.extractor.prepare import prepare
+from classlens.extractor.run import extract
 from classlens.extractor.schema import Status, read_attributes, read_layout
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.extractor.store import verify

@@ -9,7 +9,8 @@ from samples import encoded, picture
 from variants import config
 
 from classlens.extractor.jpeg import decoder_facts, to_rgb
-from classlens.extractor.run import extract, prepare
+from classlens.extractor.prepare import prepare
+from classlens.extractor.run import extract
 from classlens.extractor.schema import Status, read_attributes
 from classlens.extractor.shards import Decoder, Planned, decode
 

@@ -23,7 +23,8 @@ workers.set_forkserver_preload(["classlens.extractor.run"])
 def work(shards: list[str], out: Path) -> None:
     import torch
 
-    from classlens.extractor.run import extract, prepare
+    from classlens.extractor.prepare import prepare
+    from classlens.extractor.run import extract
 
     torch.set_num_threads(1)
     extract(prepare(config("cls", batch_size=2), shards), out)

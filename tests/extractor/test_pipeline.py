@@ -10,7 +10,8 @@ from variants import config
 
 from classlens.extractor import pipeline, run, shards
 from classlens.extractor.plan import Unit
-from classlens.extractor.run import extract, prepare, score_batches
+from classlens.extractor.prepare import prepare
+from classlens.extractor.run import extract, score_batches
 from classlens.extractor.schema import Status, committed_units
 from classlens.extractor.shards import Decoded
 from classlens.extractor.stages import STAGES, StageTimes

@@ -1,0 +1,117 @@
+"""What scores on this machine: implementation, compilation, batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from classlens.extractor.batch_size import largest_batch
+from classlens.extractor.captured import CapturedScorer
+from classlens.extractor.config import ExtractConfig
+from classlens.extractor.errors import ModelError
+from classlens.extractor.reducers.ranks import RanksReducer
+from classlens.extractor.scorer import DTYPES, Scorer
+from classlens.kernels.certify import Certifier
+from classlens.kernels.class_scores import Impl
+from classlens.kernels.label_margins import margins_pay
+from classlens.kernels.reductions import compiler_found
+
+if TYPE_CHECKING:
+    from classlens.extractor.prepare import Prepared
+
+CPU_BATCH, LARGEST_GPU_BATCH = 32, 512
+# Compiling takes a CPU about a minute, which fewer images do not give back.
+COMPILE_FROM_IMAGES = 3000
+
+
+@dataclass(frozen=True)
+class Engine:
+    """scorer: has ``score(pixels, labels)`` for up to batch_size images."""
+
+    scorer: Scorer | CapturedScorer
+    batch_size: int
+
+
+def make_engine(prepared: Prepared) -> Engine:
+    """The scorer on the configured device, and how many images it is to be given at once.
+
+    Raises:
+        ModelError: the class space does not fit the dtype, or not one image fits the device.
+    """
+    config = prepared.config
+    scorer = make_scorer(prepared)
+    input_size = prepared.subject.geometry.input_size
+    batch_size = config.batch_size
+    if batch_size is None:
+        batch_size = CPU_BATCH if config.on_cpu else _largest_batch(scorer, input_size)
+    if config.cuda_graph:
+        return Engine(CapturedScorer(scorer, batch_size, input_size), batch_size)
+    return Engine(scorer, batch_size)
+
+
+def make_scorer(prepared: Prepared) -> Scorer:
+    """The model with its reducers, on the configured device in the configured dtype.
+
+    Raises:
+        ModelError: the class space does not fit the dtype, or is too wide to certify.
+    """
+    config, subject = prepared.config, prepared.subject
+    dtype = DTYPES[config.dtype]
+    compile = _compiles(config, prepared.plan.manifest.height)
+    try:  # a CPU takes the weights in float32, and rounds no further than it must
+        multiplied = torch.float32 if config.on_cpu else dtype
+        space = subject.space.to(dtype=multiplied, device=config.device)
+        certifier = (
+            Certifier(subject.space, space, dtype, compile=compile) if config.certify else None
+        )
+    except ValueError as error:
+        raise ModelError(f"{config.model} cannot be scored in {config.dtype}: {error}") from error
+    ranks = RanksReducer(
+        space,
+        config.streams,
+        config.topk,
+        impl=choose_impl(config, prepared.plan.manifest.height),
+        margins=config.on_cpu and config.dtype == "bfloat16" and margins_pay() and not certifier,
+        certifier=certifier,
+    )
+    return Scorer(
+        subject,
+        [ranks],
+        dtype=dtype,
+        device=config.device,
+        convention=config.convention,
+        compile=compile,
+    )
+
+
+def choose_impl(config: ExtractConfig, images: int) -> Impl:
+    """Which implementation of class scoring a run of so many images takes.
+
+    The fused kernel on a GPU, unless ranks are certified, which needs the logits; on a CPU chunked
+    products, their reductions compiled where that pays.
+    """
+    if not config.on_cpu and not config.certify:
+        return "triton"
+    return "compiled" if _compiles(config, images) else "torch"
+
+
+def _compiles(config: ExtractConfig, images: int) -> bool:
+    if config.compile is not None:
+        return config.compile
+    return (
+        config.on_cpu
+        and images >= COMPILE_FROM_IMAGES
+        and compiler_found(torch.device(config.device))
+    )
+
+
+def _largest_batch(scorer: Scorer, input_size: tuple[int, int]) -> int:
+    def score(count: int) -> None:
+        pixels = torch.zeros((count, *input_size, 3), dtype=torch.uint8, device=scorer.device)
+        labels = torch.zeros(count, dtype=torch.int64, device=scorer.device)
+        scorer.score(pixels, labels)
+        torch.cuda.synchronize(scorer.device)
+
+    return largest_batch(score, LARGEST_GPU_BATCH)

@@ -1,0 +1,140 @@
+"""Everything an extraction needs before its first image, and what its store says of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from classlens.extractor.config import ExtractConfig
+from classlens.extractor.engine import choose_impl
+from classlens.extractor.errors import UsageError
+from classlens.extractor.jpeg import decoder_facts
+from classlens.extractor.models import Subject, load_subject
+from classlens.extractor.plan import Plan, expand_shards, make_plan, read_member
+from classlens.extractor.schema import FORMAT_VERSION, Layout, all_arrays
+from classlens.extractor.store import Tables
+
+IMAGES_COMPARED = 8  # with PIL, before the run
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything an extraction needs before its first image.
+
+    decoder: which decoder, and how far from PIL on the first images; see ``decoder_facts``.
+    """
+
+    config: ExtractConfig
+    plan: Plan
+    subject: Subject
+    layout: Layout
+    class_names: tuple[str, ...]
+    decoder: dict[str, Any]
+
+    @property
+    def raw_bytes_per_image(self) -> int:
+        """Bytes an image takes in the store before compression."""
+        return sum(
+            int(np.prod(spec.shape(self.layout)[1:])) * np.dtype(spec.dtype).itemsize
+            for spec in all_arrays(self.layout)
+        )
+
+
+def prepare(
+    config: ExtractConfig, shards: Sequence[str], class_names: Path | None = None
+) -> Prepared:
+    """Plans the shards and loads the model; writes nothing.
+
+    Raises:
+        ShardError: a shard is missing or damaged. ModelError: the model cannot be used.
+    """
+    plan = make_plan(expand_shards(shards))
+    subject = load_subject(config)
+    layout = Layout(
+        images=len(plan.units) * plan.unit_images,
+        unit_images=plan.unit_images,
+        blocks=subject.blocks,
+        streams=config.streams,
+        prefix_kinds=subject.prefix_kinds,
+        grid=subject.grid,
+        classes=subject.space.num_classes,
+        topk=config.topk,
+        masks=any(unit.masks for unit in plan.units),
+        certified=config.certify,
+    )
+    if config.topk > layout.classes:
+        raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")
+    first = (
+        read_member(plan.units[row["unit"]].path, row["offset"], row["size"])
+        for row in plan.manifest.head(IMAGES_COMPARED).iter_rows(named=True)
+    )
+    decoder = decoder_facts(config.decoder, first, config.max_pixels)
+    return Prepared(config, plan, subject, layout, _names(subject, class_names), decoder)
+
+
+def tables(prepared: Prepared) -> Tables:
+    """The store's tables: manifest, units, classes."""
+    names = prepared.class_names
+    classes = pl.DataFrame(
+        {"class": range(len(names)), "name": names}, schema={"class": pl.Int32, "name": pl.String}
+    )
+    return Tables(prepared.plan.manifest, prepared.plan.units_table(), classes)
+
+
+def attributes(prepared: Prepared) -> dict[str, Any]:
+    """What is saved with the store: config, fingerprint, versions, decoder, device."""
+    config, geometry = prepared.config, prepared.subject.geometry.to_json()
+    packages = ("classlens", "torch", "timm", "triton", "webdataset", "zarr", "numpy", "pillow")
+    versions = {name: _version(name) for name in packages} | {"python": platform.python_version()}
+    return {
+        "config": config.to_json(),
+        "geometry": geometry,
+        "fingerprint": config.content()
+        | {
+            "format": FORMAT_VERSION,
+            "classlens": versions["classlens"],
+            "images": prepared.plan.fingerprint(),
+            "weights_sha256": prepared.subject.weights_sha256,
+            "pixels": geometry,
+        },
+        "versions": versions,
+        "decoder": prepared.decoder,
+        "device": _device_name(config.device),
+        "impl": choose_impl(config, prepared.plan.manifest.height),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # triton off Linux; ourselves when run from a bare folder
+        return "not installed"
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _names(subject: Subject, file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        return subject.class_names
+    try:
+        names = tuple(file.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--class-names {file} cannot be read ({error}).") from error
+    if len(names) != subject.space.num_classes:
+        raise UsageError(
+            f"--class-names {file} has {len(names)} lines, the model has "
+            f"{subject.space.num_classes} classes; give one name a line, in class order."
+        )
+    return names
