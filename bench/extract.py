@@ -102,7 +102,7 @@ def _row(
 def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
     """Medians over the rounds, the three in turn so that a drifting machine hits them alike."""
 
-    from classlens.bench.fidelity import read_pictures
+    from classlens.bench.fidelity import first_targets, read_pictures
     from classlens.bench.machine import gemm_peak, time_in_turn
     from classlens.extractor.engine import choose_impl, make_engine
     from classlens.extractor.run import extract as run_extract
@@ -112,6 +112,7 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
     engine = make_engine(prepared)
     batch = min(engine.batch_size, count)
     pixels, labels = (part.to(config.device) for part in read_pictures(prepared, batch))
+    targets = first_targets(labels)
     bare = Scorer(
         prepared.subject,
         [],
@@ -125,18 +126,18 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
 
     def forward() -> None:
         for _ in range(0, count, batch):
-            bare.score(pixels, labels)["images/prediction"].cpu()
+            bare.score(pixels, targets)["images/prediction"].cpu()
 
     def scored() -> None:
         for _ in range(0, count, batch):
-            for value in engine.scorer.score(pixels, labels).values():
+            for value in engine.scorer.score(pixels, targets).values():
                 value.cpu()
 
     def end_to_end() -> None:
         summaries.append(run_extract(prepared, next(stores)))
 
     end_to_end()
-    check(folder / "store0", engine.scorer.score(pixels, labels)["scores/rank"])
+    check(folder / "store0", engine.scorer.score(pixels, targets)["scores/rank"])
     tasks = {"forward": forward, "scored": scored, "extract": end_to_end}
     seconds = time_in_turn(tasks, rounds, config.device)
     rate = {name: count / statistics.median(values) for name, values in seconds.items()}

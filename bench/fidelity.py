@@ -5,7 +5,6 @@ Shape letters: N images, L blocks, S streams, T tokens.
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from classlens.extractor.config import ExtractConfig
     from classlens.extractor.prepare import Prepared
+    from classlens.extractor.reducers.protocol import Targets
     from classlens.extractor.scorer import Scorer
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -175,20 +175,20 @@ def agreement(
 
 def read_pictures(prepared: Prepared, images: int) -> tuple[Tensor, Tensor]:
     """The first pictures of a plan as the model sees them: uint8 [N, H, W, 3], labels int64 [N]."""
-    import numpy as np
+    from classlens.extractor import pictures
+
+    first = prepared.plan.manifest["image"].head(images)
+    [batch] = pictures.read_pictures(prepared, images, first)
+    return batch.pixels, batch.targets.labels
+
+
+def first_targets(labels: Tensor) -> Targets:
+    """Targets of a store's first images."""
     import torch
-    from PIL import Image
 
-    from classlens.extractor.plan import read_member
+    from classlens.extractor.reducers.protocol import Targets
 
-    paths = {unit.index: unit.path for unit in prepared.plan.units}
-    rows = prepared.plan.manifest.head(images)
-    pictures = [
-        Image.open(io.BytesIO(read_member(paths[unit], offset, size)))
-        for unit, offset, size in rows.select("unit", "offset", "size").iter_rows()
-    ]
-    pixels = np.stack([np.asarray(prepared.subject.geometry.crop(p)) for p in pictures])
-    return torch.from_numpy(pixels), torch.tensor(rows["label"].to_list())
+    return Targets(labels, torch.arange(len(labels), device=labels.device))
 
 
 def true_ranks(prepared: Prepared, pixels: Tensor, labels: Tensor) -> np.ndarray:
@@ -220,7 +220,7 @@ def ranks_in_dtype(
 
     scorer, size = make_scorer(prepared), prepared.config.batch_size
     batches = list(zip(pixels.split(size), labels.split(size), strict=True))
-    stored = [scorer.score(*batch)["scores/rank"].numpy() for batch in batches]
+    stored = [scorer.score(p, first_targets(y))["scores/rank"].numpy() for p, y in batches]
     forward = [float64_ranks(prepared, scorer, *batch) for batch in batches]
     return np.concatenate(stored), np.concatenate(forward)
 
@@ -229,7 +229,7 @@ def float64_ranks(prepared: Prepared, scorer: Scorer, pixels: Tensor, labels: Te
     """Ranks int32 [N, L, S, T]: the scorer's model in its dtype, the specification in float64."""
     import torch
 
-    from classlens.extractor.models import walk
+    from classlens.extractor.blocks import walk
     from classlens.kernels.reference import class_scores_reference
 
     config = prepared.config

@@ -149,8 +149,8 @@ def rank_brackets(
     import numpy as np
     import torch
 
+    from classlens.extractor.blocks import walk
     from classlens.extractor.engine import make_scorer
-    from classlens.extractor.models import walk
     from classlens.kernels.bounds import rank_bracket
 
     config = prepared.config

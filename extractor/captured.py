@@ -1,10 +1,11 @@
-"""The whole of ``score(pixels, labels)`` as one CUDA graph."""
+"""The whole of ``score(pixels, targets)`` as one CUDA graph."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from classlens.extractor.reducers.protocol import Targets
 from classlens.extractor.scorer import Scorer
 
 WARM_UP_RUNS = 3
@@ -26,25 +27,29 @@ class CapturedScorer:
         device = scorer.device
         shape = (batch_size, *input_size, 3)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._targets = Targets(
+            labels=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            images=torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # libraries and compilers allocate and choose here
             for _ in range(WARM_UP_RUNS):
-                scorer.score(self._pixels, self._labels)
+                scorer.score(self._pixels, self._targets)
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._results = scorer.score(self._pixels, self._labels)
+            self._results = scorer.score(self._pixels, self._targets)
 
-    def score(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def score(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:
         """As `Scorer.score`; the results are copies, for the next batch overwrites the graph's.
 
         Args:
-            pixels: uint8 [N, H, W, 3] with N at most the batch size. labels: int64 [N].
+            pixels: uint8 [N, H, W, 3] with N at most the batch size. targets: of its images.
         """
         count = len(pixels)
         self._pixels[:count].copy_(pixels, non_blocking=True)
-        self._labels[:count].copy_(labels, non_blocking=True)
+        self._targets.labels[:count].copy_(targets.labels, non_blocking=True)
+        self._targets.images[:count].copy_(targets.images, non_blocking=True)
         self._graph.replay()
         return {path: values[:count].clone() for path, values in self._results.items()}

@@ -15,6 +15,7 @@ import click
 from classlens.extractor.console import bar
 from classlens.extractor.console import status as spinner
 from classlens.extractor.errors import UsageError
+from classlens.extractor.schema import REDUCERS
 
 if TYPE_CHECKING:
     from classlens.extractor.config import ExtractConfig
@@ -104,6 +105,8 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
 @click.option("--streams", default="resid,attn,mlp", show_default=True,
               help="Which of resid, mid, attn, mlp to score.")  # fmt: skip
 @click.option("--topk", default=1, show_default=True, help="Top classes kept for each token.")
+@click.option("--reduce", multiple=True, type=click.Choice(REDUCERS),
+              help="What to keep besides the ranks; repeatable.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")

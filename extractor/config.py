@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from classlens.extractor.errors import UsageError
-from classlens.extractor.schema import STREAMS
+from classlens.extractor.schema import REDUCERS, STREAMS
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -19,9 +20,10 @@ class ExtractConfig:
     model: a timm name. model_args: keyword arguments of ``timm.create_model``. weights:
     ``pretrained``, ``random[:seed]`` or a file. geometry: ``timm`` (the model's own) or ``squash``
     (the paper's code). dtype: of the forward pass and the projection. streams: see the definitions
-    of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token.
-    convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of GAP
-    models through their block's norm first. max_pixels: larger pictures are not decoded.
+    of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token. reduce:
+    what is kept besides the ranks, see ``REDUCERS``. convention: ``corrected``, or ``vilas2023``,
+    which passes attention and MLP outputs of GAP models through their block's norm first.
+    max_pixels: larger pictures are not decoded.
     decoder: of JPEGs; part of the content, so that a store never mixes two. decode_threads: None
     suits the machine, see :attr:`decoding_threads`. certify: prove or mend every rank, see
     `classlens.kernels.certify`. batch_size: None finds one by trial on a GPU, and is 32 on a CPU.
@@ -35,6 +37,7 @@ class ExtractConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     streams: tuple[str, ...] = ("resid", "attn", "mlp")
     topk: int = 1
+    reduce: tuple[str, ...] = ()
     convention: Literal["corrected", "vilas2023"] = "corrected"
     max_pixels: int = 100_000_000
     decoder: Literal["simplejpeg", "pil"] = "simplejpeg"
@@ -51,6 +54,11 @@ class ExtractConfig:
             raise UsageError(
                 f"--streams takes a comma-separated choice of {', '.join(STREAMS)}, each once; "
                 f"got {','.join(self.streams) or 'nothing'}."
+            )
+        unknown = [name for name in self.reduce if name not in REDUCERS]
+        if unknown or len(set(self.reduce)) != len(self.reduce):
+            raise UsageError(
+                f"--reduce takes {' or '.join(REDUCERS)}, each once; got {', '.join(self.reduce)}."
             )
         if self.topk < 0:
             raise UsageError(f"--topk is {self.topk}; give 0 or more.")
@@ -84,6 +92,14 @@ class ExtractConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping of all fields."""
         return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> ExtractConfig:
+        """The config saved by :meth:`to_json`."""
+        fields = dict(value)
+        for name in ("streams", "reduce"):
+            fields[name] = tuple(fields[name])
+        return ExtractConfig(**fields)
 
     def content(self) -> dict[str, Any]:
         """The fields that decide which numbers are stored; the rest only decide how fast."""

@@ -11,6 +11,7 @@ from classlens.extractor.batch_size import largest_batch
 from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
+from classlens.extractor.reducers.protocol import Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.kernels.certify import Certifier
@@ -28,7 +29,7 @@ COMPILE_FROM_IMAGES = 3000
 
 @dataclass(frozen=True)
 class Engine:
-    """scorer: has ``score(pixels, labels)`` for up to batch_size images."""
+    """scorer: has ``score(pixels, targets)`` for up to batch_size images."""
 
     scorer: Scorer | CapturedScorer
     batch_size: int
@@ -110,8 +111,8 @@ def _compiles(config: ExtractConfig, images: int) -> bool:
 def _largest_batch(scorer: Scorer, input_size: tuple[int, int]) -> int:
     def score(count: int) -> None:
         pixels = torch.zeros((count, *input_size, 3), dtype=torch.uint8, device=scorer.device)
-        labels = torch.zeros(count, dtype=torch.int64, device=scorer.device)
-        scorer.score(pixels, labels)
+        zeros = torch.zeros(count, dtype=torch.int64, device=scorer.device)
+        scorer.score(pixels, Targets(labels=zeros, images=zeros))
         torch.cuda.synchronize(scorer.device)
 
     return largest_batch(score, LARGEST_GPU_BATCH)

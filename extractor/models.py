@@ -1,15 +1,8 @@
-"""timm model -> the sites of each block, and its class space.
-
-A *site* is a named activation of a block (definitions: pre-norm block b maps x_b to
-x'_b = x_b + a_b and x_{b+1} = x'_b + m_b): ``resid`` x_{b+1}, ``mid`` x'_b, ``attn`` a_b, ``mlp``
-m_b, each [N, T, D], after LayerScale (pre-norm) or after the post-norm (``ResPostBlock``), that is:
-what the sublayer really adds.
-"""
+"""timm model -> its class space, geometry and tokens."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -26,8 +20,6 @@ from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
 from classlens.extractor.geometry import Geometry
 from classlens.kernels.class_space import ClassSpace, fold_class_space
-
-Sites = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,11 @@ class Subject:
         """Number of blocks L."""
         return len(self.model.blocks)
 
+    @property
+    def heads(self) -> int:
+        """Number of attention heads H of a block."""
+        return self.model.blocks[0].attn.num_heads  # pyright: ignore
+
 
 def load_subject(config: ExtractConfig) -> Subject:
     """Makes the model, loads its weights and folds its class space.
@@ -74,6 +71,11 @@ def load_subject(config: ExtractConfig) -> Subject:
                 f"Block {index} of {config.model} is a {type(block).__name__}, which has no "
                 "separate attention and MLP step on the residual stream; use a model of plain "
                 "(Block) or post-norm (ResPostBlock) blocks."
+            )
+        if type(block.attn) is not Attention:
+            raise ModelError(
+                f"Block {index} of {config.model} attends with {type(block.attn).__name__}; use a "
+                "model with plain multi-head attention (timm's Attention)."
             )
     size = model.patch_embed.img_size
     assert size is not None
@@ -125,50 +127,9 @@ def class_space(model: VisionTransformer, name: str) -> ClassSpace:
     return fold_class_space(norm.weight, norm.bias, norm.eps, model.head.weight, model.head.bias)
 
 
-def embed(model: VisionTransformer, images: Tensor) -> Tensor:
-    """x_0: tokens with position embedding, [N, T, D], from normalised images [N, 3, H, W]."""
-    x = model._pos_embed(model.patch_embed(images))
-    return model.norm_pre(model.patch_drop(x))
-
-
-def block_sites(block: Block | ResPostBlock, x: Tensor) -> Sites:
-    """The sites of one block for its input x_b, [N, T, D]; ``resid`` is the next block's input."""
-    if isinstance(block, ResPostBlock):
-        attn = block.drop_path1(block.norm1(block.attn(x)))
-        mid = x + attn
-        mlp = block.drop_path2(block.norm2(block.mlp(mid)))
-    else:
-        attn = block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-        mid = x + attn
-        mlp = block.drop_path2(block.ls2(block.mlp(block.norm2(mid))))
-    return {"resid": mid + mlp, "mid": mid, "attn": attn, "mlp": mlp}
-
-
-def walk(
-    model: VisionTransformer,
-    images: Tensor,
-    convention: str,
-    sites_of: Callable[[Block | ResPostBlock, Tensor], Sites] = block_sites,
-) -> Iterator[tuple[int, Sites]]:
-    """Block by block, the sites of a batch; a block's activations die with the block.
-
-    Args:
-        images: normalised, [N, 3, H, W].
-        convention: ``vilas2023`` passes ``attn`` and ``mlp`` of GAP models through the block's
-            ``norm1`` and ``norm2`` (post-norm blocks, like the paper's GAP model, have done so
-            already); ``corrected`` leaves them as added.
-        sites_of: `block_sites`, or a compiled one.
-    """
-    renorm = convention == "vilas2023" and model.global_pool == "avg"
-    x = embed(model, images)
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block | ResPostBlock)
-        sites = sites_of(block, x)
-        x = sites["resid"]
-        if renorm and isinstance(block, Block):
-            sites["attn"] = block.norm1(sites["attn"])
-            sites["mlp"] = block.norm2(sites["mlp"])
-        yield index, sites
+def predict(model: VisionTransformer, x: Tensor) -> Tensor:
+    """The model's own logits [N, C], from the last block's output [N, T, D]."""
+    return model.forward_head(model.norm(x))
 
 
 def _create(config: ExtractConfig) -> nn.Module:

@@ -34,12 +34,14 @@ class Batch:
     """Consecutive images of one unit.
 
     staged: the unit's arrays; None, and no images, where the unit is committed already or another
-    process has it. pixels: uint8 [N, H, W, 3]; undefined for images whose status is not OK.
-    decoding: one for each image. ends_unit: whether the unit's last image is in it.
+    process has it. first_image: the unit's first place on the image axis. pixels: uint8
+    [N, H, W, 3]; undefined for images whose status is not OK. decoding: one for each image.
+    ends_unit: whether the unit's last image is in it.
     """
 
     unit: Unit
     staged: StagedUnit | None
+    first_image: int
     pixels: Tensor
     decoding: Sequence[Future[Decoded]]
     ends_unit: bool
@@ -138,13 +140,16 @@ class Pipeline:
             self._read.put(error)
 
     def _read_unit(self, unit: Unit) -> None:
+        first_image = unit.index * self._store.layout.unit_images
         lease = self._store.stage(unit.index)
         staged = lease.__enter__()
         if staged is None:
             lease.__exit__(None, None, None)
             self._places.release()
             self._room.acquire()
-            self._read.put(Batch(unit, None, torch.empty(0, dtype=torch.uint8), [], True))
+            self._read.put(
+                Batch(unit, None, first_image, torch.empty(0, dtype=torch.uint8), [], True)
+            )
             return
         self._leases[unit.index] = lease
         images = planned_images(unit, self._store.unit_rows(unit.index))
@@ -160,7 +165,7 @@ class Pipeline:
                 for place, image in enumerate(part)
             ]
             ends = start + len(part) == unit.images
-            self._read.put(Batch(unit, staged, pixels, decoding, ends))
+            self._read.put(Batch(unit, staged, first_image, pixels, decoding, ends))
 
     def _decode(self, image: Planned, pixels: Tensor) -> Decoded:
         with self._times.busy("decode"):

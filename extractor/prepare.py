@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,15 @@ from classlens.extractor.errors import UsageError
 from classlens.extractor.jpeg import decoder_facts
 from classlens.extractor.models import Subject, load_subject
 from classlens.extractor.plan import Plan, expand_shards, make_plan, read_member
-from classlens.extractor.schema import FORMAT_VERSION, Layout, all_arrays
-from classlens.extractor.store import Tables
+from classlens.extractor.schema import (
+    FORMAT_VERSION,
+    UNITS_FILE,
+    Layout,
+    all_arrays,
+    read_attributes,
+)
+from classlens.extractor.shards import Decoder
+from classlens.extractor.store import Tables, check_fingerprint
 
 IMAGES_COMPARED = 8  # with PIL, before the run
 
@@ -38,6 +45,17 @@ class Prepared:
     layout: Layout
     class_names: tuple[str, ...]
     decoder: dict[str, Any]
+
+    def image_decoder(self) -> Decoder:
+        """How the shards' samples become pixels."""
+        return Decoder(
+            name=self.config.decoder,
+            geometry=self.subject.geometry,
+            grid=self.subject.grid,
+            classes=self.layout.classes,
+            max_pixels=self.config.max_pixels,
+            masks=self.layout.masks,
+        )
 
     @property
     def raw_bytes_per_image(self) -> int:
@@ -69,6 +87,8 @@ def prepare(
         topk=config.topk,
         masks=any(unit.masks for unit in plan.units),
         certified=config.certify,
+        heads=subject.heads,
+        reducers=config.reduce,
     )
     if config.topk > layout.classes:
         raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")
@@ -78,6 +98,25 @@ def prepare(
     )
     decoder = decoder_facts(config.decoder, first, config.max_pixels)
     return Prepared(config, plan, subject, layout, _names(subject, class_names), decoder)
+
+
+def prepare_again(store: str | Path, *, device: str | None = None) -> Prepared:
+    """What an extraction was prepared with, from its store: the same images, model and settings.
+
+    Args:
+        device: to run on; the extraction's own by default.
+
+    Raises:
+        StoreError: there is no store. ShardError: its shards are gone or have changed.
+        ConfigMismatchError: model, weights or classlens are no longer those of the store.
+    """
+    attributes_then = read_attributes(store)
+    config = ExtractConfig.from_json(attributes_then["config"])
+    units = pl.read_parquet(Path(store) / UNITS_FILE)
+    shards = units["shard"].unique(maintain_order=True).to_list()
+    prepared = prepare(replace(config, device=device or config.device), shards)
+    check_fingerprint(Path(store), attributes_then, attributes(prepared))
+    return prepared
 
 
 def tables(prepared: Prepared) -> Tables:

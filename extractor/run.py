@@ -15,9 +15,10 @@ from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.engine import make_engine
 from classlens.extractor.pipeline import Batch, Pipeline
 from classlens.extractor.prepare import Prepared, attributes, tables
+from classlens.extractor.reducers.protocol import Targets
 from classlens.extractor.schema import Status
 from classlens.extractor.scorer import Scorer
-from classlens.extractor.shards import Decoded, Decoder
+from classlens.extractor.shards import Decoded
 from classlens.extractor.stages import StageTimes
 from classlens.extractor.store import StagedUnit, Store
 from classlens.extractor.summary import Summary, summarise
@@ -57,7 +58,7 @@ def extract(prepared: Prepared, out: Path, progress: Progress | None = None) -> 
     engine, transfer = make_engine(prepared), Transfer(config.device)
     times = StageTimes(config.decoding_threads)
     pipeline = Pipeline(
-        store, plan.units, _decoder(prepared), transfer, times, batch_size=engine.batch_size
+        store, plan.units, prepared.image_decoder(), transfer, times, batch_size=engine.batch_size
     )
     progress.started(plan.manifest.height)
     started_s, scored = time.perf_counter(), 0
@@ -108,8 +109,13 @@ def launch(
     if not good:
         return dict
     pixels = batch.pixels if len(good) == len(images) else batch.pixels[good]
-    labels = torch.tensor([images[place].label for place in good])
-    scored = scorer.score(transfer.to_device(pixels), transfer.to_device(labels))
+    targets = Targets(
+        labels=transfer.to_device(torch.tensor([images[place].label for place in good])),
+        images=transfer.to_device(
+            torch.tensor([batch.first_image + images[place].position for place in good])
+        ),
+    )
+    scored = scorer.score(transfer.to_device(pixels), targets)
     return transfer.to_host(scored)
 
 
@@ -134,15 +140,3 @@ def stage_results(
     for path, values in results.items():
         staged.put(path, places[finite], values[finite])
     staged.put("images/status", places[~finite], np.full((~finite).sum(), Status.NONFINITE))
-
-
-def _decoder(prepared: Prepared) -> Decoder:
-    config, subject, layout = prepared.config, prepared.subject, prepared.layout
-    return Decoder(
-        name=config.decoder,
-        geometry=subject.geometry,
-        grid=subject.grid,
-        classes=layout.classes,
-        max_pixels=config.max_pixels,
-        masks=layout.masks,
-    )

@@ -21,6 +21,9 @@ from classlens.extractor.errors import StoreError
 FORMAT_VERSION = 1
 
 STREAMS = ("resid", "mid", "attn", "mlp")
+REDUCERS = ("memories", "attribution")
+"""What `extract --reduce` adds to the ranks."""
+SUBLAYERS = ("attn", "mlp")
 TOKEN_KINDS = ("cls", "dist", "register", "patch")
 
 MANIFEST_FILE = "manifest.parquet"
@@ -58,7 +61,8 @@ class Layout:
     blocks: L. streams: names, in the order of the stream axis. token_kinds: kind of each prefix
     token. grid: patch rows and columns. classes: C. topk: number of ``top*`` arrays. masks: whether
     ``images/mask_fraction`` exists. certified: whether every rank is proven exact, and
-    ``scores/recomputed`` exists.
+    ``scores/recomputed`` exists. heads: attention heads H of a block. reducers: which of
+    ``REDUCERS`` fill arrays besides the ranks.
     """
 
     images: int
@@ -71,6 +75,8 @@ class Layout:
     topk: int
     masks: bool
     certified: bool = False
+    heads: int = 0
+    reducers: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> int:
@@ -100,6 +106,8 @@ class Layout:
             "stream": len(self.streams),
             "token": self.tokens,
             "patch": self.patches,
+            "head": self.heads,
+            "sublayer": len(SUBLAYERS),
         }[name]
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +118,7 @@ class Layout:
     def from_json(value: Mapping[str, Any]) -> Layout:
         """The layout saved by :meth:`to_json`."""
         fields = dict(value)
-        for name in ("streams", "prefix_kinds", "grid"):
+        for name in ("streams", "prefix_kinds", "grid", "reducers"):
             fields[name] = tuple(fields[name])
         return Layout(**fields)
 
@@ -133,8 +141,8 @@ class ArraySpec:
         return (layout.unit_images, *self.shape(layout)[1:])
 
     def chunk(self, layout: Layout) -> tuple[int, ...]:
-        """Shape of one chunk: one block and stream of the unit's images."""
-        single = {"block", "stream"}
+        """Shape of one chunk: one block and stream, sublayer or head of the unit's images."""
+        single = {"block", "stream", "sublayer", "head"}
         return tuple(
             1 if axis in single else length
             for axis, length in zip(self.axes, self.shard(layout), strict=True)

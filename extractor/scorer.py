@@ -1,30 +1,18 @@
-"""``score(pixels, labels)``: one pure function from a batch of pictures to compact arrays."""
+"""``score(pixels, targets)``: one pure function from a batch of pictures to compact arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from classlens.extractor.models import Subject, block_sites, walk
-from classlens.extractor.schema import ArraySpec, Layout
+from classlens.extractor.blocks import block_sites, walk
+from classlens.extractor.models import Subject, predict
+from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.kernels.reductions import compiled
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class Reducer(Protocol):
-    """Takes the sites of a block and returns something small for each image."""
-
-    def arrays(self, layout: Layout) -> tuple[ArraySpec, ...]:
-        """The arrays it fills; each has the axes ``image, block, …``."""
-        ...
-
-    def for_batch(self, labels: Tensor) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """For a batch with these labels: a block's sites -> values by array path, each [N, …]."""
-        ...
 
 
 class Scorer:
@@ -46,6 +34,7 @@ class Scorer:
     ) -> None:
         self.model = subject.model.to(device=device, dtype=dtype)
         self.reducers = tuple(reducers)
+        self.sites = frozenset[str]().union(*(reducer.sites for reducer in reducers))
         self.convention = convention
         self._block_sites = compiled(block_sites) if compile else block_sites
         self.device, self.dtype = torch.device(device), dtype
@@ -61,29 +50,29 @@ class Scorer:
         return (planes * self._scale + self._shift).to(self.dtype)
 
     @torch.inference_mode()
-    def score(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def score(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Scores a batch.
 
         Args:
             pixels: uint8 [N, H, W, 3], after resize and crop.
-            labels: int64 [N], all in [0, C).
+            targets: of its images; on any device.
 
         Returns:
             by array path, on the device, where they may still be under way: every reducer's arrays
             [N, L, …], and ``images/prediction`` int64 [N], the model's own top class.
         """
-        labels = labels.to(self.device)
+        targets = targets.to(self.device)
         per_block: dict[str, list[Tensor]] = {}
-        reducers = [reducer.for_batch(labels) for reducer in self.reducers]
+        reducers = [reducer.for_batch(targets) for reducer in self.reducers]
         x = None
         images = self.images(pixels)
-        for _, sites in walk(self.model, images, self.convention, self._block_sites):
+        blocks = walk(self.model, images, self.convention, self.sites, self._block_sites)
+        for block, sites in blocks:
             x = sites["resid"]
             for reduce in reducers:
-                for path, value in reduce(sites).items():
+                for path, value in reduce(block, sites).items():
                     per_block.setdefault(path, []).append(value)
         assert x is not None
-        logits = self.model.forward_head(self.model.norm(x))
         result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
-        result["images/prediction"] = logits.float().argmax(dim=-1)
+        result["images/prediction"] = predict(self.model, x).float().argmax(dim=-1)
         return result

@@ -130,18 +130,7 @@ class Store:
         """
         exists = (path / "zarr.json").exists()
         store = Store(path) if exists else Store.create(path, layout, tables, attributes)
-        ours = json.loads(json.dumps(attributes["fingerprint"]))  # tuples become lists
-        theirs = store.attributes["fingerprint"]
-        differing = [k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
-        if differing:
-            fields = "; ".join(
-                f"{k}: store has {_short(theirs.get(k))}, this run {_short(ours.get(k))}"
-                for k in differing
-            )
-            raise ConfigMismatchError(
-                f"{path} was extracted with another configuration and is not resumed ({fields}); "
-                "repeat its settings, or choose another --out."
-            )
+        check_fingerprint(path, store.attributes, attributes)
         return store
 
     def unit_rows(self, unit: int) -> pl.DataFrame:
@@ -169,6 +158,26 @@ class Store:
     def finish(self) -> None:
         """Removes the staging area if nobody uses it."""
         ledger.close_staging(self.path)
+
+
+def check_fingerprint(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares the fingerprint in the attributes of the store at ``path`` with another.
+
+    Raises:
+        ConfigMismatchError: they differ; names the fields.
+    """
+    ours = json.loads(json.dumps(now["fingerprint"]))  # tuples become lists
+    theirs = then["fingerprint"]
+    differing = [k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
+    if differing:
+        fields = "; ".join(
+            f"{k}: store has {_short(theirs.get(k))}, this run {_short(ours.get(k))}"
+            for k in differing
+        )
+        raise ConfigMismatchError(
+            f"{path} was extracted with another configuration and is not resumed ({fields}); "
+            "repeat its settings, or choose another --out."
+        )
 
 
 class StagedUnit:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from classlens.extractor.reducers.protocol import Reduce, Targets
 from classlens.extractor.schema import ArraySpec, Layout, score_arrays
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl, class_scores
@@ -31,26 +32,31 @@ class RanksReducer:
     margins: bool = False
     certifier: Certifier | None = None
 
+    @property
+    def sites(self) -> Set[str]:
+        """The streams."""
+        return frozenset(self.streams)
+
     def arrays(self, layout: Layout) -> tuple[ArraySpec, ...]:
         """The arrays it fills, [image, block, stream, token]."""
         return score_arrays(layout)
 
-    def for_batch(self, labels: Tensor) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        """Scores one block after another of a batch with these labels, int64 [N] in [0, C).
+    def for_batch(self, targets: Targets) -> Reduce:
+        """Scores one block after another of a batch.
 
         The function returned takes the block's sites, each [N, T, D], and returns by array path,
         [N, S, T]: ranks (C where activations are not finite) and top classes int32, logits and
         log-probabilities float32; and, where ranks are certified, [N] the number of tokens that
         took comparisons in float64.
         """
+        labels = targets.labels
         margins = label_margins(self.space, labels) if self.margins else None
 
-        def reduce(sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def reduce(block: int, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
             x = [sites[s] for s in self.streams]
             n_tokens = x[0].shape[1]
-            if (
-                x[0].is_cuda or margins is not None
-            ):  # one launch; one product for an image's margins
+            # One launch on a GPU; one product for an image's margins.
+            if x[0].is_cuda or margins is not None:
                 x = [torch.cat(x, dim=1)]
             parts = [
                 class_scores(

@@ -14,7 +14,8 @@ from PIL import Image
 from classlens.bench.demo.command import demo_config
 from classlens.bench.demo.model_card import WEIGHTS
 from classlens.cli import cli
-from classlens.extractor.models import load_subject, walk
+from classlens.extractor.blocks import walk
+from classlens.extractor.models import load_subject
 from classlens.extractor.plan import read_member
 from classlens.extractor.scorer import Scorer
 from classlens.kernels.bounds import rank_bracket

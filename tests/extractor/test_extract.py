@@ -10,8 +10,9 @@ from samples import Sample, encoded, picture
 from variants import VARIANTS, config
 
 from classlens.extractor import run
+from classlens.extractor.blocks import walk
 from classlens.extractor.errors import ConfigMismatchError, ShardError, UsageError
-from classlens.extractor.models import load_subject, walk
+from classlens.extractor.models import load_subject
 from classlens.extractor.plan import make_plan
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract

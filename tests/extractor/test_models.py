@@ -4,9 +4,10 @@ import torch
 from safetensors.torch import save_file
 from variants import SMALL, VARIANTS, config
 
+from classlens.extractor.blocks import walk
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
-from classlens.extractor.models import load_subject, walk
+from classlens.extractor.models import load_subject
 from classlens.kernels.reference import logits_reference
 
 

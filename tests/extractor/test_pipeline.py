@@ -11,6 +11,7 @@ from variants import config
 from classlens.extractor import pipeline, run, shards
 from classlens.extractor.plan import Unit
 from classlens.extractor.prepare import prepare
+from classlens.extractor.reducers.protocol import Targets
 from classlens.extractor.run import extract, score_batches
 from classlens.extractor.schema import Status, committed_units
 from classlens.extractor.shards import Decoded
@@ -159,10 +160,10 @@ class Labels:
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 
-    def score(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        assert len(pixels) == len(labels)
-        self.calls.append(f"score {labels.tolist()}")
-        return {"labels": labels}
+    def score(self, pixels: torch.Tensor, targets: Targets) -> dict[str, torch.Tensor]:
+        assert len(pixels) == len(targets.labels) == len(targets.images)
+        self.calls.append(f"score {targets.labels.tolist()}")
+        return {"labels": targets.labels}
 
 
 class Done:
@@ -179,7 +180,7 @@ def test_results_come_in_order_with_the_next_batch_launched(tmp_path, ahead):
     statuses = [Status.OK, Status.OK, Status.UNDECODABLE, Status.OK] + 2 * [Status.LABEL_INVALID]
     images = [Done(Decoded(i, 10 + i, status)) for i, status in enumerate(statuses)]
     batches = [
-        pipeline.Batch(unit, None, torch.zeros(2, 4, 4, 3), images[i : i + 2], i == 4)
+        pipeline.Batch(unit, None, 0, torch.zeros(2, 4, 4, 3), images[i : i + 2], i == 4)
         for i in (0, 2, 4)
     ]
     transfer = Transfer("cpu")
