@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Of the ranks of a batch scored twice, in batches of different sizes.
 MOST_UNEQUAL = 0.02
+SHARD_IMAGES = 32  # a unit is committed while the next is scored, as in a long run
 
 
 @click.command()
@@ -26,7 +27,7 @@ MOST_UNEQUAL = 0.02
               type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Repeatable  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda …  [default: the GPU if there is one]")
-@click.option("--images", default=32, show_default=True, type=click.IntRange(2))
+@click.option("--images", default=64, show_default=True, type=click.IntRange(2))
 @click.option("--batch-size", type=click.IntRange(1), help="[default: as `classlens extract`]")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1),
               help="Each round times forward, scoring and extraction in turn.")  # fmt: skip
@@ -87,7 +88,7 @@ def _row(
     from classlens.extractor.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        shards = write_photographs(Path(folder) / "shards", images, per_shard=max(16, images // 8))
+        shards = write_photographs(Path(folder) / "shards", images, per_shard=SHARD_IMAGES)
         config = ExtractConfig(
             model=model,
             model_args=dict(parse_model_arg(argument) for argument in model_args),
@@ -121,16 +122,17 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         convention=config.convention,
         compile=bool(config.compile),
     )
+    parts = [slice(min(batch, count - start)) for start in range(0, count, batch)]
     stores = (folder / f"store{i}" for i in range(rounds + 2))
     summaries = []
 
     def forward() -> None:
-        for _ in range(0, count, batch):
-            bare.score(pixels, targets)["images/prediction"].cpu()
+        for part in parts:
+            bare.score(pixels[part], targets[part])["images/prediction"].cpu()
 
     def scored() -> None:
-        for _ in range(0, count, batch):
-            for value in engine.scorer.score(pixels, targets).values():
+        for part in parts:
+            for value in engine.scorer.score(pixels[part], targets[part]).values():
                 value.cpu()
 
     def end_to_end() -> None:

@@ -49,7 +49,8 @@ class CapturedScorer:
         """
         count = len(pixels)
         self._pixels[:count].copy_(pixels, non_blocking=True)
-        self._targets.labels[:count].copy_(targets.labels, non_blocking=True)
-        self._targets.images[:count].copy_(targets.images, non_blocking=True)
+        first = self._targets[:count]
+        first.labels.copy_(targets.labels, non_blocking=True)
+        first.images.copy_(targets.images, non_blocking=True)
         self._graph.replay()
         return {path: values[:count].clone() for path, values in self._results.items()}

@@ -26,6 +26,10 @@ class Targets:
     labels: Tensor
     images: Tensor
 
+    def __getitem__(self, images: slice) -> Targets:
+        """The same of some of the images."""
+        return Targets(self.labels[images], self.images[images])
+
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
         return Targets(self.labels.to(device), self.images.to(device))
