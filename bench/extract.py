@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # Of the ranks of a batch scored twice, in batches of different sizes.
 MOST_UNEQUAL = 0.02
-SHARD_IMAGES = 32  # a unit is committed while the next is scored, as in a long run
+# Whole batches, and several units: one is committed while the next is scored, as in a long run.
+SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 32, 512
 
 
 @click.command()
@@ -88,7 +89,8 @@ def _row(
     from classlens.extractor.prepare import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        shards = write_photographs(Path(folder) / "shards", images, per_shard=SHARD_IMAGES)
+        per_shard = SHARD_IMAGES_CPU if device == "cpu" else SHARD_IMAGES_GPU
+        shards = write_photographs(Path(folder) / "shards", images, per_shard=per_shard)
         config = ExtractConfig(
             model=model,
             model_args=dict(parse_model_arg(argument) for argument in model_args),
