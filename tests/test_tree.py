@@ -46,6 +46,8 @@ def test_imports_go_down_only(layer):
         "classlens.analysis.commands_analyze",
         "classlens.analysis.commands_report",
         "classlens.bench.demo.command",
+        *(f"classlens.bench.{name}" for name in ("commands", "query", "memory", "table", "kernels")),
+        *(f"classlens.bench.{name}" for name in ("extract", "certify", "fidelity", "rivals")),
         "classlens.cli",
     ],
 )

@@ -20,7 +20,7 @@ from classlens.extractor.schema import Status, read_attributes, read_layout
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.extractor.store import verify
 from classlens.kernels.bounds import rank_bracket
-from classlens.kernels.reference import logits_reference
+from classlens.kernels.reference import class_scores_reference, logits_reference
 
 
 def read(store, path) -> np.ndarray:
@@ -90,6 +90,26 @@ def check_store(settings, shards, out):
             assert (np.abs(logprob[:, block, place] - expected) <= 3 * slack).all()
             best = logits.gather(2, torch.from_numpy(top1[:, block, place].astype(int))[..., None])
             assert (logits.amax(2) - best[..., 0] <= 2 * torch.from_numpy(slack)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_certified_ranks_are_those_of_float64(make_shards, tmp_path, dtype):
+    settings = config("cls", batch_size=16, dtype=dtype, certify=True)
+    shards, out = make_shards((9,)), tmp_path / "store"
+    summary = extract(prepare(settings, [str(s) for s in shards]), out)
+    subject, manifest, sites = activations(settings, out, shards)
+    labels = torch.from_numpy(manifest["label"].to_numpy().copy()).long()
+    rank = read(out, "scores/rank")
+    for block in range(subject.blocks):
+        for place, stream in enumerate(settings.streams):
+            exact = class_scores_reference(
+                sites[block, stream], subject.space, labels, topk=0, dtype=torch.float64
+            )
+            assert (rank[:, block, place] == exact.rank.numpy()).all()
+    recomputed = read(out, "scores/recomputed")
+    assert summary.recomputed_share == recomputed.sum() / rank.size
+    if dtype == "bfloat16":  # its products are made in float32, so that few are open
+        assert summary.recomputed_share < 0.1
 
 
 def test_images_labels_masks_and_predictions_are_rows(make_shards, tmp_path):

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 from variants import SMALL, VARIANTS, config
 
-from classlens.extractor.blocks import walk
+from classlens.extractor.blocks import block_sites, walk
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
 from classlens.extractor.models import load_subject
@@ -76,6 +76,31 @@ def test_vilas2023_norms_the_sublayer_outputs_of_gap_models_only():
             expected = norm(plain[stream]) if changes else plain[stream]
             torch.testing.assert_close(theirs[stream], expected, rtol=0, atol=0)
         torch.testing.assert_close(theirs["resid"], plain["resid"], rtol=0, atol=0)
+
+
+def test_vilas2023_leaves_post_norm_blocks_which_have_normed_already():
+    subject = load_subject(config("post-norm-gap"))
+    images = torch.randn(2, 3, 32, 32)
+    _, plain = next(walk(subject.model, images, "corrected"))
+    _, theirs = next(walk(subject.model, images, "vilas2023"))
+    for site, value in plain.items():
+        torch.testing.assert_close(theirs[site], value, rtol=0, atol=0)
+
+
+def test_only_the_wanted_sites_are_kept_and_keys_rebuild_their_sublayer(variant):
+    subject = load_subject(config(variant))
+    block = subject.model.blocks[0]
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    assert set(block_sites(block, x, {"key_mlp"})) == {"resid", "key_mlp"}
+    sites = block_sites(block, x, {"key_mlp", "key_attn", "attn", "mlp"})
+    attn = block.attn.proj(sites["key_attn"])
+    mlp = block.mlp.fc2(block.mlp.act(sites["key_mlp"]))
+    if variant == "post-norm-gap":
+        attn, mlp = block.norm1(attn), block.norm2(mlp)
+    else:
+        attn, mlp = block.ls1(attn), block.ls2(mlp)
+    torch.testing.assert_close(attn, sites["attn"])
+    torch.testing.assert_close(mlp, sites["mlp"])
 
 
 @pytest.mark.parametrize(
