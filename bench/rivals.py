@@ -65,9 +65,10 @@ SHOWN = (
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16"]),
               default=("float32", "bfloat16"), show_default=True,
               help="Ours; theirs is float32. May be given several times.")  # fmt: skip
-@click.option("--images", default=20, show_default=True, type=click.IntRange(IMAGES_PER_CLASS),
-              help="A multiple of 5: their code takes five of a class.")  # fmt: skip
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1),
+@click.option("--images", default=40, show_default=True, type=click.IntRange(IMAGES_PER_CLASS),
+              help="A multiple of 5, which is what their code takes of a class, and of the batch "
+              "size.")  # fmt: skip
+@click.option("--batch-size", default=20, show_default=True, type=click.IntRange(1),
               help="Ours; theirs is 5.")  # fmt: skip
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1),
               help="Each round times all extractors in turn.")  # fmt: skip
@@ -108,8 +109,11 @@ def rivals(
     from classlens.extractor.config import ExtractConfig
     from classlens.extractor.console import status as spinner
 
-    if images % IMAGES_PER_CLASS:
-        raise UsageError(f"--images is {images}; give a multiple of {IMAGES_PER_CLASS}.")
+    if images % IMAGES_PER_CLASS or images % batch_size:
+        raise UsageError(
+            f"--images is {images}; give a multiple of {IMAGES_PER_CLASS} and of --batch-size "
+            f"({batch_size})."
+        )
     check_reference(reference)
     check_interpreter(reference_python)
     with tempfile.TemporaryDirectory() as name, spinner("Measuring"):
@@ -203,7 +207,8 @@ def measure(
     from classlens.bench.photographs import write_photographs
     from classlens.extractor.prepare import prepare
 
-    shards = write_photographs(folder / "shards", images, images, images // IMAGES_PER_CLASS)
+    unit_images = configs[0].batch_size or images
+    shards = write_photographs(folder / "shards", images, unit_images, images // IMAGES_PER_CLASS)
     prepared = [prepare(config, [str(shards)]) for config in configs]
     order = write_data_set(folder / "data", prepared[0])
     common = {"threads": torch.get_num_threads()}
@@ -373,6 +378,6 @@ def load_ours(settings: dict[str, Any]) -> rivals_reference.Extract:
     from classlens.extractor.run import extract
 
     torch.set_num_threads(settings["threads"])
-    config = settings["config"] | {"streams": tuple(settings["config"]["streams"])}
-    prepared = prepare(ExtractConfig(**config), [settings["shards"]])
+    config = ExtractConfig.from_json(settings["config"])
+    prepared = prepare(config, [settings["shards"]])
     return lambda out: extract(prepared, out)

@@ -95,6 +95,7 @@ def tiny(folder: Path) -> Prepared:
         weights="random:0",
         geometry="squash",
         streams=tuple(STREAMS),
+        batch_size=10,
     )
     return prepare(config, [str(shards)])
 
@@ -239,6 +240,7 @@ def test_random_weights_leave_no_parameter_at_its_start(tmp_path):
 def test_ranks_agree_with_the_authors():
     arguments = ["--reference", REFERENCE, "--reference-python", REFERENCE_PYTHON, "--json"]
     arguments += ["--model", "vit_b_32", "--dtype", "float32", "--images", "5", "--rounds", "1"]
+    arguments += ["--batch-size", "5"]
     result = json.loads(run(*arguments))
     authors, scores_only, ours = result["rows"]
     assert result["machine"]["reference_timm"] == "0.6.13"
