@@ -20,6 +20,7 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "extract": {
         "model": ("model", ""),
         "dtype": ("dtype", ""),
+        "compiled": ("compiled", ""),
         "certify": ("certified", ""),
         "forward_images_per_s": ("bare forward, images/s", ",.2f"),
         "scored_images_per_s": ("scored in memory, images/s", ",.2f"),
@@ -43,13 +44,13 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "extra_mib": ("extra memory, MiB", ",.0f"),
     },
     "rivals": {
-        "extractor": ("extractor", ""),
+        "rival": ("extractor", ""),
         "dtype": ("dtype", ""),
         "images_per_s": ("images/s", ",.2f"),
         "times_authors": ("times the authors'", ",.3g"),
         "bytes_per_image": ("bytes an image", ",d"),
         "equal_ranks": ("ranks equal to the authors'", ".2%"),
-        "authors_in_bracket": ("authors' ranks in our bracket", ".2%"),
+        "in_bracket": ("authors' ranks in our bracket", ".2%"),
     },
     "fidelity": {
         "model": ("model", ""),
