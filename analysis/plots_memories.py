@@ -70,7 +70,7 @@ def class_value_chart(agreement: pl.DataFrame) -> Any:
 def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list) -> Any:
     """A panel a sublayer: ``value`` over ``block`` with its band, a dash for each ``line``."""
     panels = []
-    highest = rows["high"].max()
+    lowest, highest = rows.select(pl.col("low").min(), pl.col("high").max()).row(0)
     for i, (sublayer, name) in enumerate(SUBLAYER_TITLES.items()):
         color = alt.condition(
             alt.datum.source == "control",
@@ -79,11 +79,9 @@ def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list)
         )
         part = rows.filter(pl.col("sublayer") == sublayer)
         base = alt.Chart(part).encode(x=_blocks(rows), color=color, detail="line:N")
-        y = alt.Y(
-            "value:Q",
-            title=title if i == 0 else None,
-            scale=alt.Scale(domain=[min(0, rows["low"].min()), 1.08 * highest], nice=True),
-        )
+        y_title = title if i == 0 else None
+        scale = alt.Scale(domain=[min(0.0, lowest), 1.08 * highest], nice=True)
+        y = alt.Y("value:Q", title=y_title, scale=scale)
         dash = alt.StrokeDash(
             "line:N",
             title=None,
@@ -93,7 +91,7 @@ def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list)
         )
         layers = [
             base.mark_area(opacity=0.2, strokeWidth=0).encode(
-                y=alt.Y("low:Q", title=y.title), y2="high:Q"
+                y=alt.Y("low:Q", title=y_title), y2="high:Q"
             ),
             base.mark_line(strokeWidth=2).encode(y=y, strokeDash=dash),
             base.mark_circle(size=28, opacity=1).encode(y=y),

@@ -209,7 +209,7 @@ def class_averages(
 
     rng = np.random.default_rng(seed)
     drawn = [
-        average(np.bincount(rng.integers(images, size=images), minlength=images))
+        average(np.bincount(rng.integers(images, size=images), minlength=images)[order_N])
         for _ in range(resamples)
     ]
     return average(np.ones(images)), *np.quantile(drawn, (0.025, 0.975), axis=0)

@@ -57,8 +57,8 @@ def head_embedding(model: VisionTransformer) -> Tensor:
 
 def value_vectors(model: VisionTransformer, block: int, sublayer: str) -> Tensor:
     """The v_j of ``attn`` or ``mlp`` of a block, a copy in float64 [D, F]."""
-    inside = model.blocks[block]
-    layer = inside.attn.proj if sublayer == "attn" else inside.mlp.fc2
+    name = "attn.proj" if sublayer == "attn" else "mlp.fc2"
+    layer = model.blocks[block].get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer.weight.detach().to(torch.float64, copy=True)
 

@@ -125,8 +125,8 @@ def test_what_is_not_there_is_named(subject):
         top_classes(subject, 0, [0], top=13)
     with pytest.raises(UsageError, match="--top is 49; attn has 48 value vectors"):
         strongest(subject, 0, sublayer="attn", top=49)
-    with pytest.raises(ModelError, match="SwiGLU"):
-        load_model(MODEL, "random:0", ARGS | {"mlp_layer": "swiglu"})
+    with pytest.raises(ModelError, match="GluMlp"):
+        load_model("vit_giant_patch14_dinov2", "random:0", ARGS)
 
 
 def run(*arguments):

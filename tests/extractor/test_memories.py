@@ -1,6 +1,7 @@
 """Stored memories against a plain implementation; what they do and do not depend on."""
 
 import io
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -245,9 +246,8 @@ def test_a_killed_run_is_finished_to_the_same_flags(make_shards, tmp_path, monke
 
 def test_models_without_memories_are_refused_before_the_run(make_shards):
     shards = [str(s) for s in make_shards((2,))]
-    gated = config("cls", reduce=("memories",))
-    gated.model_args["mlp_layer"] = "swiglu"
-    with pytest.raises(ModelError, match=r"Block 0 of .* has a SwiGLU, .* without --reduce"):
+    gated = replace(config("cls", reduce=("memories",)), model="vit_giant_patch14_dinov2")
+    with pytest.raises(ModelError, match=r"Block 0 of .* has a GluMlp, .* without --reduce"):
         prepare(gated, shards)
     single = config("cls", reduce=("memories",))
     single.model_args["num_classes"] = 1
