@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from classlens.analysis.commands_memories import memories, values
+from classlens.analysis.tables import table as _table
 from classlens.extractor.console import status
 
 if TYPE_CHECKING:
@@ -177,12 +179,5 @@ def _test_column(rows: pl.DataFrame) -> tuple[str, str]:
     return ("p", "p_value") if rows["q_value"].is_null().all() else ("q", "q_value")
 
 
-def _table(title: str, caption: str, columns: list[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left",
-                  caption_justify="left")  # fmt: skip
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
+analyze.add_command(memories)
+analyze.add_command(values)

@@ -34,7 +34,7 @@ EXPORT_ROW_GROUP = 1 << 20
 def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None:
     """Answers an SQL query over the scores of STORE.
 
-    Three tables. `scores` has a row for each image, block, stream and token:
+    `scores` has a row for each image, block, stream and token:
 
     \b
       image, key, label, prediction             the picture
@@ -45,8 +45,16 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
       label_logit, label_logprob, top1 …        of the label; best classes
 
     `images` has a row for each planned image (image, key, label, prediction, status, unit, shard,
-    offset, size), `classes` for each class (class, name). Only what the WHERE clause leaves is
-    read: conditions on the first three lines above, joined by AND, make a query quick.
+    offset, size), `classes` for each class (class, name). A store extracted with --reduce memories
+    has `memories` too, a row for each image, block, sublayer (attn | mlp) and token:
+
+    \b
+      agreement, agreement_control              a top value vector is the label's; another class's
+      agreement_text, agreement_text_control    a top value vector has the class among its top ones
+      composed                                  the sublayer's top class is that of one of them
+
+    Only what the WHERE clause leaves is read: conditions on picture, block, stream or sublayer, and
+    token, joined by AND, make a query quick.
 
     \b
     How often is the label the top class, block by block?
@@ -69,9 +77,9 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
     """
     import polars as pl
 
-    from classlens.analysis.scan import scan, scan_images
+    from classlens.analysis.scan import scan, scan_images, scan_memories
     from classlens.analysis.source import scan_table
-    from classlens.extractor.schema import CLASSES_FILE
+    from classlens.extractor.schema import CLASSES_FILE, read_layout
 
     if form == "parquet" and out is None:
         raise UsageError("Parquet is not for terminals; give a file with --out.")
@@ -80,6 +88,8 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
         "images": scan_images(store),
         "classes": scan_table(store, CLASSES_FILE),
     }
+    if "memories" in read_layout(store).reducers:
+        tables["memories"] = scan_memories(store)
     try:
         answer = pl.SQLContext(tables).execute(sql, eager=False)
         if out is None:

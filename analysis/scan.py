@@ -46,6 +46,33 @@ def scan(
     return scan_scores(Path(store), images)
 
 
+def scan_memories(
+    store: str | Path, *, images: Sequence[int] | np.ndarray | pl.Series | None = None
+) -> pl.LazyFrame:
+    """The memories of a store, one row for each (image, block, sublayer, token): paper §4.3.
+
+    Columns: image Int32, key String, label Int32, prediction Int32, block Int16 (from 0), sublayer
+    Enum (attn, mlp), token Int16, kind Enum, row Int16, col Int16, as in :func:`scan`; then
+    Boolean: agreement (one of the token's 5 top value vectors is among the 5 top ones of the
+    label), agreement_control (of another class, drawn once an image), agreement_text (one of the
+    token's has the label among its own 5 top classes), agreement_text_control, composed (the
+    sublayer's top class is the top class of one of the token's).
+
+    Images, filters and order are as in :func:`scan`, with the sublayer in place of the stream.
+
+    Args:
+        images: values of ``image`` to keep; all when None.
+
+    Raises:
+        StoreError: as :func:`scan`.
+        UsageError: the store was extracted without ``--reduce memories``; a value in ``images`` is
+            not a place on the store's image axis.
+    """
+    from classlens.analysis.memory_source import scan_flags
+
+    return scan_flags(Path(store), images)
+
+
 def scan_images(store: str | Path) -> pl.LazyFrame:
     """The planned images of a store's committed units, bad ones included, one row for each.
 

@@ -34,7 +34,7 @@ READ_AHEAD = 2
 def scan_scores(store: Path, images: Sequence[int] | np.ndarray | pl.Series | None) -> pl.LazyFrame:
     """See :func:`classlens.analysis.scan.scan`."""
     layout = schema.read_layout(store)
-    source = ScoreSource(store, layout, None if images is None else _checked(images, layout))
+    source = ScoreSource(store, layout, None if images is None else checked_images(images, layout))
     return register_io_source(source.frames, schema=score_schema(layout), is_pure=True)
 
 
@@ -102,11 +102,27 @@ class Piece:
 
 @dataclass(frozen=True)
 class ScoreSource:
-    """The IO source of ``scan``. images: ascending places on the image axis, or None for all."""
+    """The IO source of ``scan``. images: ascending places on the image axis, or None for all.
+
+    A source of another array with a row a token overrides ``columns``, ``cells``, ``paths`` and
+    ``values``.
+    """
 
     store: Path
     layout: schema.Layout
     images: np.ndarray | None
+
+    def columns(self) -> dict[str, pl.DataType]:
+        """Names and types of all columns, in order."""
+        return score_schema(self.layout)
+
+    def cells(self) -> pl.DataFrame:
+        """The grid of the two axes between image and token."""
+        return cell_grid(self.layout)
+
+    def paths(self) -> dict[str, str]:
+        """The array that each column is made of."""
+        return score_paths(self.layout)
 
     def frames(
         self,
@@ -119,20 +135,20 @@ class ScoreSource:
 
         ``batch_size``, a hint, is not used: Polars cuts larger frames itself.
         """
-        names = list(score_schema(self.layout)) if with_columns is None else with_columns
+        names = list(self.columns()) if with_columns is None else with_columns
         # Older Polars asks for no column when it only counts; a frame needs one to have rows.
         names = names or ["image"]
         used = {*names, *(predicate.meta.root_names() if predicate is not None else ())}
         # n_rows counts rows before the filter, so none may be pruned under the count.
         terms = and_terms(predicate) if predicate is not None and n_rows is None else []
-        cells = prune(cell_grid(self.layout), terms)
+        cells = prune(self.cells(), terms)
         tokens = prune(token_grid(self.layout), terms)
         images = self.image_grid(used, terms)
         if not (cells.height and tokens.height and images.height):
             return
         limit = FRAME_ROWS if n_rows is None else max(1, min(FRAME_ROWS, n_rows))
         pieces = self.pieces(images, cells, tokens.height, limit)
-        paths = [path for column, path in score_paths(self.layout).items() if column in used]
+        paths = [path for column, path in self.paths().items() if column in used]
         reader = SlabReader(self.store, self.layout, tokens["token"].to_numpy(), paths)
         left = n_rows
         for piece, values in read_ahead(lambda piece: reader.read(piece.slabs), pieces, READ_AHEAD):
@@ -186,7 +202,7 @@ class ScoreSource:
                     int(unit[start]),
                     place[start:stop],
                     part["block"].to_numpy(),
-                    part["stream"].to_physical().to_numpy(),
+                    part[part.columns[1]].to_physical().to_numpy(),
                 )
                 yield Piece(slabs, images[start:stop], part)
 
@@ -203,23 +219,32 @@ class ScoreSource:
         values: by array path, [C, I, T], or [I, T] for the mask fraction.
         """
         C, I, T = cells.height, images.height, tokens.height  # noqa: E741
-        columns = [
-            *tiled(each_repeated(images, used, T), C),
-            *each_repeated(cells, used, I * T),
-            *tiled(each_repeated(tokens, used, 1), C * I),
-        ]
-        for name, path in score_paths(self.layout).items():
+        return pl.DataFrame(
+            [
+                *tiled(each_repeated(images, used, T), C),
+                *each_repeated(cells, used, I * T),
+                *tiled(each_repeated(tokens, used, 1), C * I),
+                *self.values(values, used, C, I * T),
+            ]
+        )
+
+    def values(
+        self, values: dict[str, np.ndarray], used: set[str], cells: int, cell_rows: int
+    ) -> list[pl.Series]:
+        """The columns that arrays are read for, in the order of the rows."""
+        columns = []
+        for name, path in self.paths().items():
             if name in used:
                 flat = pl.Series(name, values[path].ravel())
                 if name == "identifiability":
                     flat = 1 - flat / self.layout.classes
                 elif name == "mask_fraction":
-                    [flat] = tiled([flat.fill_nan(None)], C)
+                    [flat] = tiled([flat.fill_nan(None)], cells)
                 columns.append(flat)
         if "mask_fraction" in used and not self.layout.masks:
             nothing = pl.Series("mask_fraction", [None], pl.Float32)
-            columns.append(nothing.new_from_index(0, C * I * T))
-        return pl.DataFrame(columns)
+            columns.append(nothing.new_from_index(0, cells * cell_rows))
+        return columns
 
 
 def score_paths(layout: schema.Layout) -> dict[str, str]:
@@ -359,7 +384,14 @@ def finished(
     return frame if names is None else frame.select(names)
 
 
-def _checked(images: Sequence[int] | np.ndarray | pl.Series, layout: schema.Layout) -> np.ndarray:
+def checked_images(
+    images: Sequence[int] | np.ndarray | pl.Series, layout: schema.Layout
+) -> np.ndarray:
+    """Places on the image axis, each once, ascending.
+
+    Raises:
+        UsageError: a value is no such place.
+    """
     places = np.unique(np.asarray(images))
     if not len(places):
         return np.empty(0, np.int64)

@@ -11,11 +11,14 @@ from classlens.extractor.batch_size import largest_batch
 from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
-from classlens.extractor.reducers.protocol import Targets
+from classlens.extractor.reducers.memories import MemoriesReducer
+from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
+from classlens.extractor.value_vectors import head_embedding
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
+from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.label_margins import margins_pay
 from classlens.kernels.reductions import compiler_found
 
@@ -69,21 +72,37 @@ def make_scorer(prepared: Prepared) -> Scorer:
         )
     except ValueError as error:
         raise ModelError(f"{config.model} cannot be scored in {config.dtype}: {error}") from error
+    impl = choose_impl(config, prepared.plan.manifest.height)
     ranks = RanksReducer(
         space,
         config.streams,
         config.topk,
-        impl=choose_impl(config, prepared.plan.manifest.height),
+        impl=impl,
         margins=config.on_cpu and config.dtype == "bfloat16" and margins_pay() and not certifier,
         certifier=certifier,
     )
+    reducers: list[Reducer] = [ranks]
+    if "memories" in config.reduce:
+        reducers.append(memories_reducer(prepared, space, impl))
     return Scorer(
         subject,
-        [ranks],
+        reducers,
         dtype=dtype,
         device=config.device,
         convention=config.convention,
         compile=compile,
+    )
+
+
+def memories_reducer(prepared: Prepared, space: ClassSpace, impl: Impl) -> MemoriesReducer:
+    """Memories of the model, before its weights are cast; the ranks have found the top classes."""
+    config, model = prepared.config, prepared.subject.model
+    return MemoriesReducer.of(
+        model,
+        head_embedding(model),
+        space,
+        streams=config.streams if config.topk else (),
+        impl=impl,
     )
 
 

@@ -28,6 +28,7 @@ from classlens.extractor.schema import (
 )
 from classlens.extractor.shards import Decoder
 from classlens.extractor.store import Tables, check_fingerprint
+from classlens.extractor.value_vectors import require_value_vectors
 
 IMAGES_COMPARED = 8  # with PIL, before the run
 
@@ -76,6 +77,8 @@ def prepare(
     """
     plan = make_plan(expand_shards(shards))
     subject = load_subject(config)
+    if "memories" in config.reduce:
+        require_value_vectors(subject, config.model)
     layout = Layout(
         images=len(plan.units) * plan.unit_images,
         unit_images=plan.unit_images,

@@ -16,7 +16,7 @@ from classlens.extractor.engine import make_engine
 from classlens.extractor.pipeline import Batch, Pipeline
 from classlens.extractor.prepare import Prepared, attributes, tables
 from classlens.extractor.reducers.protocol import Targets
-from classlens.extractor.schema import Status
+from classlens.extractor.schema import INVALID_FLAGS, MEMORY_FLAGS_PATH, Status
 from classlens.extractor.scorer import Scorer
 from classlens.extractor.shards import Decoded
 from classlens.extractor.stages import StageTimes
@@ -137,6 +137,8 @@ def stage_results(
         return
     places = np.array([image.position for image in images if image.status is Status.OK])
     finite = (results["scores/rank"] < classes).all(axis=(1, 2, 3))
+    if MEMORY_FLAGS_PATH in results:
+        finite &= (results[MEMORY_FLAGS_PATH] != INVALID_FLAGS).all(axis=(1, 2, 3))
     for path, values in results.items():
         staged.put(path, places[finite], values[finite])
     staged.put("images/status", places[~finite], np.full((~finite).sum(), Status.NONFINITE))

@@ -24,6 +24,17 @@ STREAMS = ("resid", "mid", "attn", "mlp")
 REDUCERS = ("memories", "attribution")
 """What `extract --reduce` adds to the ranks."""
 SUBLAYERS = ("attn", "mlp")
+MEMORY_FLAGS = (
+    "agreement",
+    "agreement_control",
+    "agreement_text",
+    "agreement_text_control",
+    "composed",
+)
+"""Bits of ``memories/flags``, the lowest first; see `classlens.extractor.reducers.memories`."""
+MEMORY_FLAGS_PATH = "memories/flags"
+INVALID_FLAGS = 255
+"""In place of the flags where activations are not finite."""
 TOKEN_KINDS = ("cls", "dist", "register", "patch")
 
 MANIFEST_FILE = "manifest.parquet"
@@ -170,6 +181,12 @@ def score_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     return tuple(arrays)
 
 
+def memory_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The array of the memories reducer: the bits ``MEMORY_FLAGS`` (definitions: paper §4.3)."""
+    axes = ("image", "block", "sublayer", "token")
+    return (ArraySpec(MEMORY_FLAGS_PATH, "uint8", axes, INVALID_FLAGS),)
+
+
 def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """The arrays with one row per image."""
     arrays = [
@@ -184,7 +201,8 @@ def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
 
 def all_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """Every array of a store."""
-    return (*image_arrays(layout), *score_arrays(layout))
+    memories = memory_arrays(layout) if "memories" in layout.reducers else ()
+    return (*image_arrays(layout), *score_arrays(layout), *memories)
 
 
 def shard_file(spec: ArraySpec, unit: int) -> str:

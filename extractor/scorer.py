@@ -69,9 +69,11 @@ class Scorer:
         blocks = walk(self.model, images, self.convention, self.sites, self._block_sites)
         for block, sites in blocks:
             x = sites["resid"]
+            found: dict[str, Tensor] = {}
             for reduce in reducers:
-                for path, value in reduce(block, sites).items():
-                    per_block.setdefault(path, []).append(value)
+                found |= reduce(block, sites | found)
+            for path, value in found.items():
+                per_block.setdefault(path, []).append(value)
         assert x is not None
         result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
         result["images/prediction"] = predict(self.model, x).float().argmax(dim=-1)

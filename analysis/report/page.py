@@ -26,6 +26,7 @@ from classlens.analysis.identifiability import (
     rate,
     with_masks,
 )
+from classlens.analysis.report.memories import MemorySection, memory_section
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import ShardError, UsageError
@@ -39,7 +40,8 @@ class Section:
     aspect: height over width of the pixels that the patches cover. facts: name and value of what
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
-    figures. missing_pictures: why there are no pictures, else empty.
+    figures. missing_pictures: why there are no pictures, else empty. memories: None where the store
+    holds none.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Section:
     blocks: list[dict[str, Any]]
     pictures: list[Picture]
     missing_pictures: str
+    memories: MemorySection | None
 
 
 def write_report(
@@ -146,6 +149,7 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
         blocks=_block_rows(result),
         pictures=pictures,
         missing_pictures=missing,
+        memories=memory_section(store, name, permutations=result.permutations, seed=result.seed),
     )
 
 

@@ -12,7 +12,11 @@ from torch import Tensor
 from classlens.extractor.schema import ArraySpec, Layout
 
 Reduce = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
-"""A block's index and sites -> values by array path, each [N, …]."""
+"""A block's index and sites -> values by array path, each [N, …].
+
+Beside the sites a reducer finds the values of the reducers before it, by array path, so that no
+projection is paid twice.
+"""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def make_layout(
     classes: int = 10,
     topk: int = 1,
     masks: bool = True,
+    reducers: tuple[str, ...] = (),
 ) -> schema.Layout:
     """A layout whose units are as long as the longest of ``images_per_unit``."""
     unit_images = max(images_per_unit)
@@ -46,6 +47,7 @@ def make_layout(
         classes=classes,
         topk=topk,
         masks=masks,
+        reducers=reducers,
     )
 
 
@@ -68,6 +70,8 @@ def random_arrays(
             values = status
         elif spec.path == "images/mask_fraction":
             values = rng.choice([0, 0, 51, 128, 255], shape).astype(dtype)
+        elif spec.path == "memories/flags":
+            values = rng.integers(0, 32, shape).astype(dtype)
         elif dtype.kind == "f":
             values = rng.normal(-2, 3, shape).astype(dtype)
             values[rng.random(shape) < 0.05] = np.nan

@@ -17,6 +17,7 @@ from synthetic_store import make_layout, write_store
 from classlens.analysis.commands_analyze import analyze
 from classlens.analysis.commands_report import report
 from classlens.analysis.identifiability import analyze_identifiability
+from classlens.analysis.memories import analyze_memories
 from classlens.analysis.report import write_report
 from classlens.analysis.report.pictures import choose_images, make_pictures
 from classlens.analysis.scan import scan, scan_images
@@ -320,3 +321,18 @@ def test_analyze_command_prints_json(store):
     printed = json.loads(result.stdout)
     expected = analyze_identifiability(store.path, permutations=30, seed=3)
     assert printed == {"corrected": json.loads(json.dumps(expected.to_json()))}
+
+
+def test_memories_have_figures_and_numbers(tmp_path):
+    store = make_store(tmp_path / "store", 0, reducers=("memories",))
+    out = write_report([store.path], tmp_path / "r.html", n_images=0, permutations=9)
+    text = out.read_text()
+    assert "Key-value agreement rate" in text
+    assert "Memory compositionality" in text
+    row = analyze_memories(store.path).agreement.row(-1, named=True)
+    assert (row["sublayer"], row["block"]) == ("mlp", 2)
+    assert f"<td>{row['agreement']:.1f}</td><td>{row['control']:.1f}</td>" in text
+
+
+def test_a_store_without_memories_says_nothing_of_them(page):
+    assert "Key-value memories" not in page

@@ -175,3 +175,53 @@ def test_benjamini_hochberg_by_hand():
     np.testing.assert_allclose(
         statistics.benjamini_hochberg(np.array([0.001, 0.04, 0.9])), [0.003, 0.06, 0.9]
     )
+
+
+def plain_class_average(values, labels):
+    return np.mean([values[labels == c].mean(0) for c in np.unique(labels)], axis=0)
+
+
+def test_class_averages_equal_a_plain_loop():
+    rng = np.random.default_rng(0)
+    values, labels = rng.random((30, 2)), rng.integers(3, 8, 30)
+    mean, low, high = statistics.class_averages(values, labels, resamples=50, seed=5)
+    np.testing.assert_allclose(mean, plain_class_average(values, labels))
+    rng = np.random.default_rng(5)
+    drawn = [rng.integers(30, size=30) for _ in range(50)]
+    means = [plain_class_average(values[d], labels[d]) for d in drawn]
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975], axis=0))
+
+
+def test_a_class_of_one_image_weighs_as_much_as_any():
+    values = np.array([[1.0], [0.0], [0.0], [0.0]])
+    mean, low, high = statistics.class_averages(values, np.array([4, 2, 2, 2]))
+    assert mean == 0.5
+    assert low <= 0.5 <= high
+
+
+@pytest.mark.parametrize("convention", ["corrected", "vilas2023"])
+def test_correct_minus_wrong_equals_full_enumeration(convention):
+    """p-values against all 252 ways to call five of ten images correct."""
+    rng = np.random.default_rng(1)
+    correct = np.arange(10) < 5
+    values = (rng.random((10, 3)) < 0.3 + 0.5 * correct[:, None]).astype(float)
+    found = statistics.correct_minus_wrong(
+        values, correct, permutations=4000, convention=convention, seed=2
+    )
+    delta = values[:5].mean(0) - values[5:].mean(0)
+    np.testing.assert_allclose(found.delta, delta)
+    ways = [np.isin(np.arange(10), chosen) for chosen in combinations(range(10), 5)]
+    all_deltas = np.array([values[w].mean(0) - values[~w].mean(0) for w in ways])
+    if convention == "corrected":
+        share, shuffles = (all_deltas >= delta - 1e-9).mean(0), 4000
+    else:
+        share, shuffles = (all_deltas > delta + 1e-9).mean(0), 300
+    error = 5 * np.sqrt(share * (1 - share) / shuffles) + 2 / shuffles
+    assert (np.abs(found.p_values - share) <= error).all()
+    assert (found.low <= delta).all()
+    assert (delta <= found.high).all()
+
+
+def test_correct_minus_wrong_needs_both_kinds():
+    with pytest.raises(ValueError, match="3 correct and 0 wrong"):
+        statistics.correct_minus_wrong(np.ones((3, 1)), np.ones(3, bool))

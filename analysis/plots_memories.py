@@ -1,0 +1,103 @@
+"""Charts of paper §4.3 from the frames of ``analysis.memories`` and ``analysis.values``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from classlens.analysis.plots import CONTROL_COLOR, STREAM_COLORS, _blocks, _styled
+
+SUBLAYER_TITLES = {"attn": "attention", "mlp": "MLP"}
+GROUP_LINES = {"all": "all tokens", "cls": "CLS token", "patch": "image tokens"}
+DASHES = {"all": [1, 0], "cls": [6, 3], "patch": [1.5, 3]}
+PANEL = {"width": 330, "height": 220}
+
+
+def agreement_chart(agreement: pl.DataFrame) -> Any:
+    """Key-value agreement rate over blocks with the random-class control, a panel a sublayer.
+
+    Args:
+        agreement: of ``memories.agreement``, of one convention.
+    """
+    lines = {"agreement": "image's class", "control": "random class"}
+    rows = pl.concat(
+        agreement.select(
+            "sublayer",
+            "block",
+            pl.lit(text).alias("line"),
+            pl.lit(source).alias("source"),
+            pl.col(source).alias("value"),
+            pl.col(f"{source}_low").alias("low"),
+            pl.col(f"{source}_high").alias("high"),
+        )
+        for source, text in lines.items()
+    )
+    return _panels(rows, "tokens with agreeing memories (%)", lines, [[1, 0], [6, 3]])
+
+
+def composition_chart(composition: pl.DataFrame) -> Any:
+    """Tokens whose sublayer's top class is that of a single memory, a panel a sublayer.
+
+    Args:
+        composition: of ``memories.composition``.
+    """
+    lines = {g: text for g, text in GROUP_LINES.items() if g in composition["group"].to_list()}
+    rows = composition.with_columns(
+        line=pl.col("group").replace(lines), source=pl.lit("agreement"), value=pl.col("composed")
+    )
+    dashes = [DASHES[group] for group in lines]
+    return _panels(rows, "tokens with the class of one memory (%)", lines, dashes)
+
+
+def class_value_chart(agreement: pl.DataFrame) -> Any:
+    """Class-value agreement over blocks, model and control, a panel a sublayer.
+
+    Args:
+        agreement: of ``values.class_value``. A star marks blocks above the control, q < 0.05.
+    """
+    texts = {"model": "model", "control": "random weights"}
+    lines = {s: text for s, text in texts.items() if s in agreement["source"].to_list()}
+    star = pl.col("q_value") < 0.05 if "q_value" in agreement.columns else pl.lit(False)
+    rows = agreement.with_columns(
+        line=pl.col("source").replace(lines), value=pl.col("cosine"), star=star.fill_null(False)
+    )
+    dashes = [[1, 0], [6, 3]][: len(lines)]
+    return _panels(rows, "mean over classes of max cos(E, v)", lines, dashes)
+
+
+def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list) -> Any:
+    """A panel a sublayer: ``value`` over ``block`` with its band, a dash for each ``line``."""
+    panels = []
+    lowest, highest = rows.select(pl.col("low").min(), pl.col("high").max()).row(0)
+    for i, (sublayer, name) in enumerate(SUBLAYER_TITLES.items()):
+        color = alt.condition(
+            alt.datum.source == "control",
+            alt.value(CONTROL_COLOR),
+            alt.value(STREAM_COLORS[sublayer]),
+        )
+        part = rows.filter(pl.col("sublayer") == sublayer)
+        base = alt.Chart(part).encode(x=_blocks(rows), color=color, detail="line:N")
+        y_title = title if i == 0 else None
+        scale = alt.Scale(domain=[min(0.0, lowest), 1.08 * highest], nice=True)
+        y = alt.Y("value:Q", title=y_title, scale=scale)
+        dash = alt.StrokeDash(
+            "line:N",
+            title=None,
+            sort=list(lines.values()),
+            scale=alt.Scale(domain=list(lines.values()), range=dashes),
+            legend=alt.Legend(symbolType="stroke", symbolSize=400, symbolStrokeColor="#444444"),
+        )
+        layers = [
+            base.mark_area(opacity=0.2, strokeWidth=0).encode(
+                y=alt.Y("low:Q", title=y_title), y2="high:Q"
+            ),
+            base.mark_line(strokeWidth=2).encode(y=y, strokeDash=dash),
+            base.mark_circle(size=28, opacity=1).encode(y=y),
+        ]
+        if "star" in rows.columns:
+            stars = alt.Chart(part.filter("star")).encode(x=_blocks(rows), y="high:Q")
+            layers.append(stars.mark_text(text="★", fontSize=9, dy=-9, color=CONTROL_COLOR))
+        panels.append(alt.layer(*layers).properties(title=name, **PANEL))
+    return _styled(alt.hconcat(*panels, spacing=24))
