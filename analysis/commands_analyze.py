@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from classlens.analysis.commands_interventions import interventions
 from classlens.analysis.commands_memories import memories, values
-from classlens.analysis.tables import table as _table
+from classlens.analysis.tables import plain_table
 from classlens.extractor.console import status
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _tables(result: IdentifiabilityResult) -> Iterator[Table]:
 def _rate_table(result: IdentifiabilityResult) -> Table:
     bad = f", {result.n_bad:,} not scored" if result.n_bad else ""
     rows = result.rate.join(result.accuracy.drop("n_images"), on="source", maintain_order="left")
-    table = _table(
+    table = plain_table(
         f"{result.store.name}: {result.n_images:,} images{bad} ({result.convention})",
         f"chance of a token to have rank 0, and of a prediction to be right: "
         f"{100 / result.classes:.3g}%; [ ]: 95% bootstrap interval over images",
@@ -128,7 +129,9 @@ def _evolution_table(result: IdentifiabilityResult, stream: str) -> Table:
         rows = rows.join(control, on=["block", "group"], maintain_order="left")
         columns += ["control", name]
         caption += f"; {name}: one-sided Wilcoxon test, model above control"
-    table = _table(f"Identifiability per block, {stream} ({result.convention})", caption, columns)
+    table = plain_table(
+        f"Identifiability per block, {stream} ({result.convention})", caption, columns
+    )
     for row in rows.iter_rows(named=True):
         cells = [str(row["block"]), "CLS" if row["group"] == "cls" else "image"]
         cells += [f"{row['mean']:.3f}", f"{row['q25']:.3f} {row['median']:.3f} {row['q75']:.3f}"]
@@ -142,7 +145,7 @@ def _change_table(result: IdentifiabilityResult) -> Table:
     import polars as pl
 
     sources = result.change_rate["source"].unique(maintain_order=True).to_list()
-    table = _table(
+    table = plain_table(
         f"Block change rate, resid ({result.convention})",
         f"share of image tokens whose label logit rose; chance 0.5; "
         f"n = {result.n_images:,} images; [ ]: 95% bootstrap interval",
@@ -161,7 +164,7 @@ def _context_table(result: IdentifiabilityResult) -> Table:
     name, column = _test_column(result.context)
     first = result.context.row(0, named=True)
     how = "within images" if result.convention == "corrected" else "pooled over images"
-    table = _table(
+    table = plain_table(
         f"Class-labelled against context tokens, resid ({result.convention})",
         f"no difference: Δ = 0; {first['n_images']:,} images, {first['n_class']:,} class and "
         f"{first['n_context']:,} context tokens; {name}: class ahead, {result.permutations:,} "
@@ -181,3 +184,4 @@ def _test_column(rows: pl.DataFrame) -> tuple[str, str]:
 
 analyze.add_command(memories)
 analyze.add_command(values)
+analyze.add_command(interventions)

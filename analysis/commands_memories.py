@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from classlens.analysis.tables import table, with_interval
+from classlens.analysis.tables import plain_table, with_interval
 from classlens.extractor.console import status
 from classlens.extractor.errors import UsageError
 from classlens.extractor.schema import SUBLAYERS
@@ -177,7 +177,7 @@ def _blocks(frame: pl.DataFrame) -> Iterator[tuple[int, dict[str, dict]]]:
 
 def _agreement_table(result: MemoriesResult) -> Table:
     first = result.agreement.row(0, named=True)
-    shown = table(
+    shown = plain_table(
         f"{result.store.name}: key-value agreement % ({result.convention})",
         f"mean over {first['n_classes']:,} classes of the share of tokens; {first['n_images']:,} "
         f"images of {first['n_tokens']} tokens; control: another class of {result.classes:,}, "
@@ -202,7 +202,7 @@ def _correct_table(result: MemoriesResult) -> Table:
     first = frame.row(0, named=True)
     column = "p_value" if frame["q_value"].is_null().all() else "q_value"
     test = column[0]
-    shown = table(
+    shown = plain_table(
         f"Agreement of the CLS token, correct minus wrong images ({result.convention})",
         f"percentage points; no difference: 0; {first['n_correct']:,} correct and "
         f"{first['n_wrong']:,} wrong images; {test}: correct ahead, {result.permutations:,} "
@@ -222,7 +222,7 @@ def _correct_table(result: MemoriesResult) -> Table:
 def _composition_table(result: MemoriesResult) -> Table:
     frame = result.composition
     groups = [group for group in GROUPS if group in frame["group"].to_list()]
-    shown = table(
+    shown = plain_table(
         "Memory compositionality %",
         "share of tokens whose sublayer's top class is the top class of one of their 5 top value "
         f"vectors; {result.n_images:,} images",
@@ -251,7 +251,7 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
         caption += f"; q: one-sided Wilcoxon test, above the control ({result.control})"
         columns += ["control", "q"]
     name = f"{result.model}, {Path(result.weights).name}"
-    shown = table(f"{name}: class-value agreement, {TITLES[sublayer]}", caption, columns)
+    shown = plain_table(f"{name}: class-value agreement, {TITLES[sublayer]}", caption, columns)
     for row in rows:
         cells = [f"{row['cosine']:.3f} \\[{row['low']:.3f}, {row['high']:.3f}]"]
         if control:
@@ -262,7 +262,7 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
 
 def _classes_table(model: str, frame: pl.DataFrame) -> Table:
     first = frame.row(0, named=True)
-    shown = table(
+    shown = plain_table(
         f"{model}: classes of value vectors, {TITLES[first['sublayer']]} of block {first['block']}",
         "products E·v, neither normalised",
         ["value vector", "product", "class", "name"],

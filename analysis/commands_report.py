@@ -15,6 +15,8 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.argument("stores", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--control", type=FOLDER, help="Store of the same images with random weights.")
+@click.option("--perturbed", multiple=True, type=FOLDER,
+              help="Store of the same images and model with --intervene; repeatable.")  # fmt: skip
 @click.option("--images", default=12, show_default=True, type=click.IntRange(0),
               help="Pictures shown of each store.")  # fmt: skip
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
@@ -24,6 +26,7 @@ def report(
     stores: tuple[Path, ...],
     out: Path,
     control: Path | None,
+    perturbed: tuple[Path, ...],
     images: int,
     permutations: int,
     seed: int,
@@ -31,7 +34,8 @@ def report(
     """One self-contained HTML page on STORES, readable offline.
 
     Identifiability rates, their evolution over the blocks, change rates, class against context
-    tokens, and some images with the identifiability of their tokens laid on them.
+    tokens, and some images with the identifiability of their tokens laid on them; with --perturbed
+    also what interventions on the model do.
 
     \b
     classlens report store --control control --out report.html
@@ -39,5 +43,13 @@ def report(
     from classlens.analysis.report import write_report
 
     with status("Analysing and drawing"):
-        write_report(stores, out, control, n_images=images, permutations=permutations, seed=seed)
+        write_report(
+            stores,
+            out,
+            control,
+            perturbed=perturbed,
+            n_images=images,
+            permutations=permutations,
+            seed=seed,
+        )
     click.echo(out)

@@ -61,10 +61,12 @@ def evolution(
 
 
 def _cells(frame: pl.LazyFrame, step: int) -> pl.LazyFrame:
-    """CLS and image tokens with their ``group``; blocks joined in steps, ``part`` their place."""
+    """CLS and image tokens with their ``group``; blocks joined in steps, ``part`` their place.
+    Tokens that were removed are left out."""
     kind = pl.col("kind").cast(pl.String)
     part = pl.col("block") % step
-    return frame.filter(kind.is_in(GROUPS)).with_columns(
+    there = pl.col("rank").is_not_null()
+    return frame.filter(kind.is_in(GROUPS) & there).with_columns(
         group=kind, part=part, block=(pl.col("block") - part) // step
     )
 

@@ -1,7 +1,7 @@
 """Reading a scanned frame piece by piece: its axes, its image tokens, batches of images as arrays.
 
 Every image of a frame is expected to have the same blocks, streams and tokens, as
-:func:`classlens.analysis.scan` gives them.
+:func:`classlens.analysis.scan` gives them; scores of removed tokens are null there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
+
+from classlens.extractor.errors import UsageError
 
 Convention = Literal["corrected", "vilas2023"]
 
@@ -23,13 +25,17 @@ def axis(frame: pl.LazyFrame, name: str) -> list:
 
 
 def batches(
-    tokens: pl.LazyFrame, columns: Sequence[str], rows: int = BATCH_ROWS
+    tokens: pl.LazyFrame, columns: Sequence[str], rows: int = BATCH_ROWS, *, nulls: bool = False
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of images in ascending order, each column as an array [images, blocks, tokens].
 
     Args:
         tokens: a scanned frame filtered to one stream.
         rows: upper bound of the rows held at a time (one image at least).
+        nulls: whether there may be nulls, which become NaN.
+
+    Raises:
+        UsageError: there are nulls and may be none; tokens were removed from the model.
     """
     block = pl.col("block")
     facts = _first_image(tokens).select(block.min(), n=block.n_unique(), rows=pl.len())
@@ -47,6 +53,11 @@ def batches(
             .sort(in_order)
             .collect()
         )
+        if not nulls and sum(batch.null_count().row(0)):
+            raise UsageError(
+                "Some tokens of these images were removed and have no scores; filter them out, or "
+                "compare the store by `classlens analyze interventions`."
+            )
         yield {c: batch[c].to_numpy().reshape(len(wanted), blocks, -1) for c in columns}
 
 

@@ -21,9 +21,10 @@ import polars as pl
 from classlens.analysis import statistics
 from classlens.analysis.evolution import evolution
 from classlens.analysis.frames import Convention, axis, batches
+from classlens.analysis.pairing import PAIRED_AXES, paired_images
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import UsageError
-from classlens.extractor.schema import UNITS_FILE, Layout, read_layout
+from classlens.extractor.schema import UNITS_FILE, read_layout
 
 VILAS2023_PERMUTATIONS = 300
 
@@ -38,9 +39,12 @@ def rate(
     ``vilas2023`` leaves out token 0 even where it is a patch (models without CLS).
 
     Columns: convention, rate, rate_low, rate_high, images, images_low, images_high, n_images,
-    n_tokens (image tokens counted in each image).
+    n_tokens (image tokens counted in each image; the most, where tokens were removed). An image
+    without any is left out.
     """
-    tokens = _image_tokens(frame, convention).filter(pl.col("block") == axis(frame, "block")[-1])
+    tokens = _image_tokens(frame, convention).filter(
+        pl.col("block") == axis(frame, "block")[-1], pl.col("rank").is_not_null()
+    )
     per_image = (
         tokens.group_by("image")
         .agg(share=(pl.col("rank") == 0).mean(), tokens=pl.len())
@@ -258,8 +262,8 @@ def analyze_identifiability(
 
     Raises:
         StoreError: a path is no store.
-        UsageError: nothing is scored yet, there is no residual stream, or the control has other
-            images, blocks or tokens.
+        UsageError: nothing is scored yet, there is no residual stream, tokens were removed, or the
+            control has other images, blocks or tokens.
     """
     store = Path(store)
     images = scan_images(store).select("image", "key", "status").collect()
@@ -272,10 +276,20 @@ def analyze_identifiability(
             f"{store} holds {', '.join(layout.streams)} only, and identifiability is read in the "
             "residual stream; extract a store with `--streams` that include resid."
         )
+    if layout.tokens_removed:
+        raise UsageError(
+            f"{store} holds other tokens of each image, because --intervene removed the rest; "
+            "compare it with a store of the whole by `classlens analyze interventions`."
+        )
     sources = {"model": store}
     if control is not None:
         control = Path(control)
-        _check_control(store, layout, scored, control)
+        remedy = (
+            f"extract {control} from the same shards with the same model and options and "
+            "`--weights random`."
+        )
+        axes = (*PAIRED_AXES, "streams", "tokens_removed")
+        paired_images(store, control, remedy=remedy, axes=axes)
         sources["control"] = control
     frames = {name: scan(path) for name, path in sources.items()}
 
@@ -328,24 +342,3 @@ def _image_tokens(frame: pl.LazyFrame, convention: Convention) -> pl.LazyFrame:
     tokens = frame.filter((pl.col("stream") == "resid") & (pl.col("kind") == "patch"))
     # Their code drops token 0 as "the CLS token" in every model.
     return tokens.filter(pl.col("token") != 0) if convention == "vilas2023" else tokens
-
-
-def _check_control(store: Path, layout: Layout, scored: pl.DataFrame, control: Path) -> None:
-    """Raises UsageError unless the control pairs with the store image by image, token by token."""
-    other = read_layout(control)
-    differing = [
-        name
-        for name in ("blocks", "prefix_kinds", "grid", "classes", "streams")
-        if getattr(layout, name) != getattr(other, name)
-    ]
-    remedy = (
-        f"extract {control} from the same shards with the same model and options and "
-        "`--weights random`."
-    )
-    if differing:
-        raise UsageError(f"{control} differs from {store} in {', '.join(differing)}; {remedy}")
-    theirs = scan_images(control).filter(pl.col("status") == "ok").select("image", "key").collect()
-    pairs = scored.join(theirs, on="image", suffix="_control")
-    wrong = pairs.filter(pl.col("key") != pl.col("key_control")).height
-    if wrong or pairs.is_empty():
-        raise UsageError(f"{control} and {store} do not hold the same images; {remedy}")

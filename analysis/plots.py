@@ -69,7 +69,7 @@ def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
             tick = base.mark_tick(color=CHANCE_COLOR, thickness=2, height={"band": 0.8})
             layers.append(tick.encode(x="chance:Q"))
         panels.append(alt.layer(*layers).properties(width=BAR_WIDTH, height=alt.Step(32)))
-    return _styled(alt.hconcat(*panels, spacing=32))
+    return styled(alt.hconcat(*panels, spacing=32))
 
 
 def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
@@ -92,7 +92,7 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
     scale = alt.Scale(domain=[0, 1.08], nice=False)
     axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
     y = alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
-    base = alt.Chart().encode(x=_blocks(evolution), color=_color({s: s for s in streams}))
+    base = alt.Chart().encode(x=block_axis(evolution), color=_color({s: s for s in streams}))
     panel = alt.layer(
         base.mark_area(opacity=0.22)
         .encode(y=alt.Y("q25:Q", title="identifiability r"), y2="q75:Q")
@@ -103,12 +103,12 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         .transform_filter(alt.datum.line != LINES["chance"]),
         alt.Chart()
         .mark_text(text="★", fontSize=9, color=CONTROL_COLOR)
-        .encode(x=_blocks(evolution), y=alt.datum(1.05))
+        .encode(x=block_axis(evolution), y=alt.datum(1.05))
         .transform_filter(alt.datum.star),
         data=rows,
     ).properties(width=262, height=175)
     titles = {"labelFontSize": 13, "labelColor": "#222", "labelPadding": 6}
-    return _styled(
+    return styled(
         panel.facet(
             column=alt.Column(
                 "stream:N",
@@ -135,11 +135,11 @@ def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
     """
     rows = _with_chance(change_rate, "change_rate")
     base = alt.Chart(rows.with_columns(color="source")).encode(
-        x=_blocks(change_rate), color=_color({"resid": "model"})
+        x=block_axis(change_rate), color=_color({"resid": "model"})
     )
     title = "share of image tokens rising"
     y = alt.Y("change_rate:Q", title=title, scale=alt.Scale(domain=[0, 1]))
-    return _styled(
+    return styled(
         alt.layer(
             base.mark_area(opacity=0.25).encode(y=alt.Y("low:Q", title=title), y2="high:Q"),
             base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
@@ -162,7 +162,7 @@ def context_chart(context: pl.DataFrame) -> alt.LayerChart:
         significance=pl.when(_significant()).then(pl.lit(signs[0])).otherwise(pl.lit(signs[1]))
     )
     color = STREAM_COLORS["resid"]
-    base = alt.Chart(frame).encode(x=_blocks(context))
+    base = alt.Chart(frame).encode(x=block_axis(context))
     y = alt.Y("delta:Q", title="Δ identifiability r, class − context")
     fill = alt.Fill(
         "significance:N",
@@ -171,7 +171,7 @@ def context_chart(context: pl.DataFrame) -> alt.LayerChart:
         legend=alt.Legend(symbolStrokeColor=color, symbolSize=70),
     )
     zero = alt.Chart(pl.DataFrame({"zero": [0.0]})).mark_rule(color=CHANCE_COLOR)
-    return _styled(
+    return styled(
         alt.layer(
             zero.encode(y="zero:Q"),
             base.mark_tick(color=CONTROL_COLOR, thickness=2, size=16, orient="horizontal").encode(
@@ -206,7 +206,7 @@ def _with_chance(frame: pl.DataFrame, measure: str) -> pl.DataFrame:
     return rows.with_columns(line=pl.col("source").replace(LINES))
 
 
-def _blocks(frame: pl.DataFrame) -> alt.X:
+def block_axis(frame: pl.DataFrame) -> alt.X:
     blocks = sorted(set(frame["block"].to_list()))
     return alt.X(
         "block:Q",
@@ -256,7 +256,7 @@ def _test_name(frame: pl.DataFrame) -> str:
     return "p" if frame["q_value"].is_null().all() else "q"
 
 
-def _styled(chart: Any) -> Any:
+def styled(chart: Any) -> Any:
     text = {"labelFontSize": 12, "titleFontSize": 12.5, "labelColor": "#222", "titleColor": "#222"}
     return (
         chart.configure(font=FONT, background="transparent")

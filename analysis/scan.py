@@ -27,7 +27,8 @@ def scan(
     col Int16 (place in the patch grid; null for prefix tokens), mask_fraction Float32 (share of the
     patch that the class's mask covers, in [0, 1]; null for prefix tokens and without masks), rank
     Int32 (0 is best), identifiability Float64 (1 - rank / C), label_logit Float32, label_logprob
-    Float32, top1 … topk Int32 (class indices).
+    Float32, top1 … topk Int32 (class indices). The scores of tokens that `extract --intervene`
+    removed are null.
 
     Rows are ordered by unit, block, stream, image, token, where ``image // unit_images`` is the
     unit.

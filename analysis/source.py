@@ -236,6 +236,8 @@ class ScoreSource:
         for name, path in self.paths().items():
             if name in used:
                 flat = pl.Series(name, values[path].ravel())
+                if self.layout.tokens_removed and path != MASK_PATH:
+                    flat = removed_as_null(flat, self.layout)
                 if name == "identifiability":
                     flat = 1 - flat / self.layout.classes
                 elif name == "mask_fraction":
@@ -255,6 +257,14 @@ def score_paths(layout: schema.Layout) -> dict[str, str]:
         **{name: f"scores/{name}" for name in scores},
         "identifiability": "scores/rank",
     }
+
+
+def removed_as_null(scores: pl.Series, layout: schema.Layout) -> pl.Series:
+    """A score column with the fill values of removed tokens as nulls."""
+    if scores.dtype.is_float():
+        return scores.fill_nan(None)
+    largest = np.iinfo(schema.class_dtype(layout.classes)).max
+    return scores.set(scores == int(np.array(largest).astype(np.int32)), None)
 
 
 def cell_grid(layout: schema.Layout) -> pl.DataFrame:

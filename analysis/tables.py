@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def table(title: str, caption: str, columns: Sequence[str]) -> Table:
+def plain_table(title: str, caption: str, columns: Sequence[str]) -> Table:
     """An empty table; its first column is text, the others are numbers."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

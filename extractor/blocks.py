@@ -12,7 +12,7 @@ x_{b+1} = x'_b + m_b:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
@@ -91,6 +91,7 @@ def walk(
     convention: str,
     wanted: Set[str] = frozenset(STREAMS),
     sites_of: Callable[..., Sites] = block_sites,
+    attends: Sequence[Attend] | None = None,
 ) -> Iterator[tuple[int, Sites]]:
     """Block by block, the sites of a batch; a block's activations die with the block.
 
@@ -101,12 +102,13 @@ def walk(
             already); ``corrected`` leaves them as added.
         wanted: names of sites; ``resid`` is always there.
         sites_of: `block_sites`, or a compiled one.
+        attends: one a block; the model's own attention when None.
     """
     renorm = convention == "vilas2023" and model.global_pool == "avg"
     x = embed(model, images)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block | ResPostBlock)
-        sites = sites_of(block, x, wanted)
+        sites = sites_of(block, x, wanted, full_attention if attends is None else attends[index])
         x = sites["resid"]
         if renorm and isinstance(block, Block):
             for site, norm in (("attn", block.norm1), ("mlp", block.norm2)):

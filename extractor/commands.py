@@ -15,7 +15,7 @@ import click
 from classlens.extractor.console import bar
 from classlens.extractor.console import status as spinner
 from classlens.extractor.errors import UsageError
-from classlens.extractor.schema import REDUCERS
+from classlens.extractor.schema import INTERVENTIONS, REDUCERS
 
 if TYPE_CHECKING:
     from classlens.extractor.config import ExtractConfig
@@ -107,6 +107,13 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
 @click.option("--topk", default=1, show_default=True, help="Top classes kept for each token.")
 @click.option("--reduce", multiple=True, type=click.Choice(REDUCERS),
               help="What to keep besides the ranks; repeatable.")  # fmt: skip
+@click.option("--intervene", type=click.Choice(INTERVENTIONS),
+              help="Score a changed model: image tokens attend to themselves only, or not to CLS; "
+              "or those of context or class are removed (needs masks).")  # fmt: skip
+@click.option("--blocks", "intervene_blocks", metavar="BLOCKS",
+              help="Where attention is knocked out, e.g. 0-5,8  [default: all]")  # fmt: skip
+@click.option("--class-fraction", default=0.5, show_default=True, metavar="F",
+              help="drop-…: a patch is class when its mask covers this share.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
@@ -172,6 +179,7 @@ def extract(
 @click.option("--json", "as_json", is_flag=True, help="All attributes as JSON.")
 def info(store: Path, as_json: bool) -> None:
     """What a store holds and how it was made."""
+    from classlens.extractor.config import intervention_text
     from classlens.extractor.schema import Layout, all_arrays, read_attributes
 
     attributes = read_attributes(store)
@@ -188,6 +196,7 @@ def info(store: Path, as_json: bool) -> None:
         f"{decoder['max_abs_difference']} of 255 from PIL on {decoder['images_compared']} images",
         "geometry": f"{config['geometry']}, {_shape(attributes['geometry']['input_size'])} pixels",
         "convention": config["convention"],
+        "intervened": intervention_text(config),
         "blocks": layout.blocks,
         "streams": ", ".join(layout.streams),
         "tokens": ", ".join((*layout.prefix_kinds, f"{_shape(layout.grid)} patches")),
@@ -252,16 +261,22 @@ def verify(store: Path, repair: bool, as_json: bool) -> None:
 
 
 def _config(
-    streams: str, model_args: tuple[str, ...], dtype: str | None, device: str | None, **rest: Any
+    streams: str,
+    model_args: tuple[str, ...],
+    intervene_blocks: str | None,
+    dtype: str | None,
+    device: str | None,
+    **rest: Any,
 ) -> ExtractConfig:
     import torch
 
-    from classlens.extractor.config import ExtractConfig
+    from classlens.extractor.config import ExtractConfig, parse_blocks
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return ExtractConfig(
         streams=tuple(name for name in streams.split(",") if name),
         model_args=dict(parse_model_arg(argument) for argument in model_args),
+        intervene_blocks=None if intervene_blocks is None else parse_blocks(intervene_blocks),
         dtype=dtype or ("float32" if device == "cpu" else "float16"),  # pyright: ignore
         device=device,
         **rest,

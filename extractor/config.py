@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from classlens.extractor.errors import UsageError
-from classlens.extractor.schema import REDUCERS, STREAMS
+from classlens.extractor.schema import INTERVENTIONS, REDUCERS, REMOVALS, STREAMS
 
 DTYPES = ("float32", "float16", "bfloat16")
+INTERVENTION_FIELDS = frozenset({"intervene", "intervene_blocks", "class_fraction"})
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ExtractConfig:
     suits the machine, see :attr:`decoding_threads`. certify: prove or mend every rank, see
     `classlens.kernels.certify`. batch_size: None finds one by trial on a GPU, and is 32 on a CPU.
     compile: what torch.compile can fuse; None where it pays. cuda_graph: launch a batch as one.
+    intervene: one of ``INTERVENTIONS``. intervene_blocks: blocks of an attention knockout; all when
+    None. class_fraction: for token removal, share of a patch that makes it class-labelled.
     """
 
     model: str
@@ -47,6 +51,9 @@ class ExtractConfig:
     certify: bool = False
     compile: bool | None = None
     cuda_graph: bool = False
+    intervene: str | None = None
+    intervene_blocks: tuple[int, ...] | None = None
+    class_fraction: float = 0.5
 
     def __post_init__(self) -> None:
         unknown = [s for s in self.streams if s not in STREAMS]
@@ -68,6 +75,36 @@ class ExtractConfig:
             raise UsageError(f"--decode-threads is {self.decode_threads}; give 1 or more.")
         if self.cuda_graph and (self.on_cpu or self.certify):
             raise UsageError("--cuda-graph is for a GPU and ranks that are not certified.")
+        self._check_intervention()
+
+    def _check_intervention(self) -> None:
+        if self.intervene is not None and self.intervene not in INTERVENTIONS:
+            raise UsageError(
+                f"--intervene takes one of {', '.join(INTERVENTIONS)}; got {self.intervene}."
+            )
+        if self.intervene_blocks is not None and (
+            self.intervene is None or self.removes_tokens or not self.intervene_blocks
+        ):
+            raise UsageError(
+                "--blocks says in which blocks an attention knockout acts (--intervene self-only, "
+                "no-cls or no-cls-renormalised); tokens are removed from all blocks."
+            )
+        if not 0 < self.class_fraction <= 1:
+            raise UsageError(f"--class-fraction is {self.class_fraction}; give 0 < f <= 1.")
+        if self.class_fraction != 0.5 and not self.removes_tokens:
+            raise UsageError(
+                f"--class-fraction is for token removal; add --intervene {' or '.join(REMOVALS)}."
+            )
+        if self.removes_tokens and (self.reduce or self.cuda_graph):
+            raise UsageError(
+                f"--intervene {self.intervene} scores other tokens of each image, which "
+                "--reduce and --cuda-graph are not made for; leave those out."
+            )
+
+    @property
+    def removes_tokens(self) -> bool:
+        """Whether the intervention removes image tokens."""
+        return self.intervene in REMOVALS
 
     @property
     def on_cpu(self) -> bool:
@@ -99,9 +136,42 @@ class ExtractConfig:
         fields = dict(value)
         for name in ("streams", "reduce"):
             fields[name] = tuple(fields[name])
+        if fields.get("intervene_blocks") is not None:
+            fields["intervene_blocks"] = tuple(fields["intervene_blocks"])
         return ExtractConfig(**fields)
 
     def content(self) -> dict[str, Any]:
         """The fields that decide which numbers are stored; the rest only decide how fast."""
-        speed_only = {"device", "batch_size", "decode_threads", "compile", "cuda_graph", "weights"}
-        return {k: v for k, v in self.to_json().items() if k not in speed_only}
+        left_out = {"device", "batch_size", "decode_threads", "compile", "cuda_graph", "weights"}
+        if self.intervene is None:  # as in stores from before there were interventions
+            left_out |= INTERVENTION_FIELDS
+        return {k: v for k, v in self.to_json().items() if k not in left_out}
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Blocks by numbers and ranges, such as ``0-5,8``, ascending.
+
+    Raises:
+        UsageError: the text is something else.
+    """
+    blocks: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise UsageError(f"--blocks takes 0-based blocks such as 0-5,8; got {text!r}.")
+        blocks.update(range(first, last + 1))
+    return tuple(sorted(blocks))
+
+
+def intervention_text(config: Mapping[str, Any]) -> str:
+    """The intervention of a saved config in words: ``no``, ``no-cls in blocks 0, 1``, …"""
+    kind = config.get("intervene")
+    if kind is None:
+        return "no"
+    if kind in REMOVALS:
+        return f"{kind}, class fraction {config['class_fraction']:g}"
+    blocks = config["intervene_blocks"]
+    return f"{kind} in " + (
+        "all blocks" if blocks is None else f"blocks {', '.join(map(str, blocks))}"
+    )

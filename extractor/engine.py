@@ -11,6 +11,7 @@ from classlens.extractor.batch_size import largest_batch
 from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
+from classlens.extractor.interventions import make_intervention
 from classlens.extractor.reducers.memories import MemoriesReducer
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
@@ -46,11 +47,11 @@ def make_engine(prepared: Prepared) -> Engine:
     """
     config = prepared.config
     scorer = make_scorer(prepared)
-    input_size = prepared.subject.geometry.input_size
     batch_size = config.batch_size
     if batch_size is None:
-        batch_size = CPU_BATCH if config.on_cpu else _largest_batch(scorer, input_size)
+        batch_size = CPU_BATCH if config.on_cpu else _largest_batch(scorer, prepared)
     if config.cuda_graph:
+        input_size = prepared.subject.geometry.input_size
         return Engine(CapturedScorer(scorer, batch_size, input_size), batch_size)
     return Engine(scorer, batch_size)
 
@@ -59,7 +60,8 @@ def make_scorer(prepared: Prepared) -> Scorer:
     """The model with its reducers, on the configured device in the configured dtype.
 
     Raises:
-        ModelError: the class space does not fit the dtype, or is too wide to certify.
+        ModelError: the class space does not fit the dtype, or is too wide to certify; or the
+            intervention does not fit the model.
     """
     config, subject = prepared.config, prepared.subject
     dtype = DTYPES[config.dtype]
@@ -91,6 +93,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         device=config.device,
         convention=config.convention,
         compile=compile,
+        intervention=make_intervention(config, subject),
     )
 
 
@@ -127,11 +130,15 @@ def _compiles(config: ExtractConfig, images: int) -> bool:
     )
 
 
-def _largest_batch(scorer: Scorer, input_size: tuple[int, int]) -> int:
+def _largest_batch(scorer: Scorer, prepared: Prepared) -> int:
+    input_size, patches = prepared.subject.geometry.input_size, prepared.layout.patches
+
     def score(count: int) -> None:
         pixels = torch.zeros((count, *input_size, 3), dtype=torch.uint8, device=scorer.device)
         zeros = torch.zeros(count, dtype=torch.int64, device=scorer.device)
-        scorer.score(pixels, Targets(labels=zeros, images=zeros))
+        kept = torch.ones((count, patches), dtype=torch.bool, device=scorer.device)
+        removes = prepared.config.removes_tokens
+        scorer.score(pixels, Targets(zeros, zeros, kept if removes else None))
         torch.cuda.synchronize(scorer.device)
 
     return largest_batch(score, LARGEST_GPU_BATCH)

@@ -15,6 +15,7 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
@@ -127,9 +128,18 @@ def class_space(model: VisionTransformer, name: str) -> ClassSpace:
     return fold_class_space(norm.weight, norm.bias, norm.eps, model.head.weight, model.head.bias)
 
 
-def predict(model: VisionTransformer, x: Tensor) -> Tensor:
-    """The model's own logits [N, C], from the last block's output [N, T, D]."""
-    return model.forward_head(model.norm(x))
+def predict(model: VisionTransformer, x: Tensor, kept: Tensor | None = None) -> Tensor:
+    """The model's own logits [N, C], from the last block's output [N, T, D].
+
+    Args:
+        kept: bool [N, G], the image tokens that are there, one an image at least where the model
+            pools them; all when None.
+    """
+    x = model.norm(x)
+    if kept is None or model.global_pool == "token":
+        return model.forward_head(x)
+    there = F.pad(kept, (model.num_prefix_tokens, 0), value=True)
+    return torch.cat([model.forward_head(x[n, there[n]][None]) for n in range(len(x))])
 
 
 def _create(config: ExtractConfig) -> nn.Module:

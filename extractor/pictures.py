@@ -14,7 +14,7 @@ from torch import Tensor
 from classlens.extractor.prepare import Prepared
 from classlens.extractor.reducers.protocol import Targets
 from classlens.extractor.schema import Status
-from classlens.extractor.shards import Decoded, Planned, decode, planned_images
+from classlens.extractor.shards import Decoded, Planned, decode, kept_tokens, planned_images
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ def read_pictures(
             good = [x for x in pool.map(decoded, part) if x[1].status is Status.OK]
             if not good:
                 continue
+            kept = kept_tokens([image for _, image, _ in good])
             fractions = [f for _, image, _ in good if (f := image.mask_fraction) is not None]
             yield Pictures(
                 pixels=torch.from_numpy(np.stack([pixels for *_, pixels in good])),
                 targets=Targets(
                     labels=torch.tensor([image.label for _, image, _ in good]),
                     images=torch.tensor([place for place, *_ in good]),
+                    kept=None if kept is None else torch.from_numpy(kept),
                 ),
                 mask_fraction=np.stack(fractions) if len(fractions) == len(good) else None,
             )

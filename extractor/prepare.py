@@ -16,6 +16,7 @@ import torch
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.engine import choose_impl
 from classlens.extractor.errors import UsageError
+from classlens.extractor.interventions import make_intervention, require_masks, token_removal
 from classlens.extractor.jpeg import decoder_facts
 from classlens.extractor.models import Subject, load_subject
 from classlens.extractor.plan import Plan, expand_shards, make_plan, read_member
@@ -56,6 +57,7 @@ class Prepared:
             classes=self.layout.classes,
             max_pixels=self.config.max_pixels,
             masks=self.layout.masks,
+            removal=token_removal(self.config, self.subject),
         )
 
     @property
@@ -74,11 +76,14 @@ def prepare(
 
     Raises:
         ShardError: a shard is missing or damaged. ModelError: the model cannot be used.
+        UsageError: settings do not fit the model or the shards.
     """
     plan = make_plan(expand_shards(shards))
+    require_masks(config, plan.units)
     subject = load_subject(config)
     if "memories" in config.reduce:
         require_value_vectors(subject, config.model)
+    make_intervention(config, subject)
     layout = Layout(
         images=len(plan.units) * plan.unit_images,
         unit_images=plan.unit_images,
@@ -92,6 +97,7 @@ def prepare(
         certified=config.certify,
         heads=subject.heads,
         reducers=config.reduce,
+        tokens_removed=config.removes_tokens,
     )
     if config.topk > layout.classes:
         raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")

@@ -16,9 +16,15 @@ from classlens.extractor.engine import make_engine
 from classlens.extractor.pipeline import Batch, Pipeline
 from classlens.extractor.prepare import Prepared, attributes, tables
 from classlens.extractor.reducers.protocol import Targets
-from classlens.extractor.schema import INVALID_FLAGS, MEMORY_FLAGS_PATH, Status
+from classlens.extractor.schema import (
+    INVALID_FLAGS,
+    MEMORY_FLAGS_PATH,
+    Layout,
+    Status,
+    score_arrays,
+)
 from classlens.extractor.scorer import Scorer
-from classlens.extractor.shards import Decoded
+from classlens.extractor.shards import Decoded, kept_tokens
 from classlens.extractor.stages import StageTimes
 from classlens.extractor.store import StagedUnit, Store
 from classlens.extractor.summary import Summary, summarise
@@ -68,7 +74,7 @@ def extract(prepared: Prepared, out: Path, progress: Progress | None = None) -> 
                 progress.advanced(batch.unit.images, scored=False)
                 continue
             with times.busy("stage"):
-                stage_results(batch.images, results, batch.staged, prepared.layout.classes)
+                stage_results(batch.images, results, batch.staged, prepared.layout)
             progress.advanced(len(batch.images), scored=True)
             scored += len(batch.images)
             if batch.ends_unit:
@@ -108,21 +114,24 @@ def launch(
     good = [place for place, image in enumerate(images) if image.status is Status.OK]
     if not good:
         return dict
+    kept = kept_tokens([images[place] for place in good])
     pixels = batch.pixels if len(good) == len(images) else batch.pixels[good]
     targets = Targets(
         labels=transfer.to_device(torch.tensor([images[place].label for place in good])),
         images=transfer.to_device(
             torch.tensor([batch.first_image + images[place].position for place in good])
         ),
+        kept=None if kept is None else transfer.to_device(torch.from_numpy(kept)),
     )
     scored = scorer.score(transfer.to_device(pixels), targets)
     return transfer.to_host(scored)
 
 
 def stage_results(
-    images: Sequence[Decoded], results: Mapping[str, np.ndarray], staged: StagedUnit, classes: int
+    images: Sequence[Decoded], results: Mapping[str, np.ndarray], staged: StagedUnit, layout: Layout
 ) -> None:
-    """Puts a batch into its unit; bad images keep their status and the fill values.
+    """Puts a batch into its unit; bad images keep their status and the fill values, and so do
+    tokens that were removed.
 
     Args:
         results: arrays of the good images, by path; empty when there is none.
@@ -135,8 +144,19 @@ def stage_results(
             staged.put("images/mask_fraction", place, image.mask_fraction[None])
     if not results:
         return
-    places = np.array([image.position for image in images if image.status is Status.OK])
-    finite = (results["scores/rank"] < classes).all(axis=(1, 2, 3))
+    good = [image for image in images if image.status is Status.OK]
+    places = np.array([image.position for image in good])
+    finite_NLST = results["scores/rank"] < layout.classes
+    kept = kept_tokens(good)
+    if kept is not None:
+        there = np.pad(kept, ((0, 0), (layout.prefix, 0)), constant_values=True)[:, None, None]
+        finite_NLST |= ~there
+        results = dict(results) | {
+            spec.path: np.where(there, results[spec.path], np.array(spec.fill, spec.dtype))
+            for spec in score_arrays(layout)
+            if "token" in spec.axes
+        }
+    finite = finite_NLST.all(axis=(1, 2, 3))
     if MEMORY_FLAGS_PATH in results:
         finite &= (results[MEMORY_FLAGS_PATH] != INVALID_FLAGS).all(axis=(1, 2, 3))
     for path, values in results.items():

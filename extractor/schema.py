@@ -23,6 +23,10 @@ FORMAT_VERSION = 1
 STREAMS = ("resid", "mid", "attn", "mlp")
 REDUCERS = ("memories", "attribution")
 """What `extract --reduce` adds to the ranks."""
+KNOCKOUTS = ("self-only", "no-cls", "no-cls-renormalised")
+REMOVALS = ("drop-context", "drop-class")
+INTERVENTIONS = (*KNOCKOUTS, *REMOVALS)
+"""What `extract --intervene` does to attention; see `classlens.extractor.interventions`."""
 SUBLAYERS = ("attn", "mlp")
 MEMORY_FLAGS = (
     "agreement",
@@ -60,6 +64,8 @@ class Status(IntEnum):
     """The segmentation mask is not a readable PNG, or its size is not the image's."""
     NONFINITE = 6
     """Activations overflowed or were NaN in the chosen dtype."""
+    NO_TOKENS = 7
+    """Token removal leaves no image token, and the model predicts from those."""
     ABSENT = 255
     """Padding behind the last image of a unit; never a planned image."""
 
@@ -73,7 +79,8 @@ class Layout:
     token. grid: patch rows and columns. classes: C. topk: number of ``top*`` arrays. masks: whether
     ``images/mask_fraction`` exists. certified: whether every rank is proven exact, and
     ``scores/recomputed`` exists. heads: attention heads H of a block. reducers: which of
-    ``REDUCERS`` fill arrays besides the ranks.
+    ``REDUCERS`` fill arrays besides the ranks. tokens_removed: whether the scores of some image
+    tokens are fill values, because an intervention removed them.
     """
 
     images: int
@@ -88,6 +95,7 @@ class Layout:
     certified: bool = False
     heads: int = 0
     reducers: tuple[str, ...] = ()
+    tokens_removed: bool = False
 
     @property
     def prefix(self) -> int:

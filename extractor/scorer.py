@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from classlens.extractor.blocks import block_sites, walk
+from classlens.extractor.interventions import Intervention
 from classlens.extractor.models import Subject, predict
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.kernels.reductions import compiled
@@ -19,7 +20,8 @@ class Scorer:
     """A model and its reducers on one device, in one dtype.
 
     Moves and casts ``subject.model`` in place. ``compile`` has torch.compile fuse what stands
-    between the matrix products of a block.
+    between the matrix products of a block. ``intervention`` takes the place of the model's own
+    attention.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class Scorer:
         device: str,
         convention: str,
         compile: bool = False,
+        intervention: Intervention | None = None,
     ) -> None:
         self.model = subject.model.to(device=device, dtype=dtype)
         self.reducers = tuple(reducers)
         self.sites = frozenset[str]().union(*(reducer.sites for reducer in reducers))
         self.convention = convention
+        self.intervention = intervention
         self._block_sites = compiled(block_sites) if compile else block_sites
         self.device, self.dtype = torch.device(device), dtype
         channel = (1, 3, 1, 1)
@@ -59,14 +63,16 @@ class Scorer:
 
         Returns:
             by array path, on the device, where they may still be under way: every reducer's arrays
-            [N, L, …], and ``images/prediction`` int64 [N], the model's own top class.
+            [N, L, …], and ``images/prediction`` int64 [N], the model's own top class. Values of
+            tokens that are not among ``targets.kept`` mean nothing.
         """
         targets = targets.to(self.device)
         per_block: dict[str, list[Tensor]] = {}
         reducers = [reducer.for_batch(targets) for reducer in self.reducers]
         x = None
         images = self.images(pixels)
-        blocks = walk(self.model, images, self.convention, self.sites, self._block_sites)
+        attends = self.intervention and self.intervention.attends(targets.kept)
+        blocks = walk(self.model, images, self.convention, self.sites, self._block_sites, attends)
         for block, sites in blocks:
             x = sites["resid"]
             found: dict[str, Tensor] = {}
@@ -76,5 +82,5 @@ class Scorer:
                 per_block.setdefault(path, []).append(value)
         assert x is not None
         result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
-        result["images/prediction"] = predict(self.model, x).float().argmax(dim=-1)
+        result["images/prediction"] = predict(self.model, x, targets.kept).float().argmax(dim=-1)
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from classlens.extractor.errors import ShardError
 from classlens.extractor.geometry import Geometry, class_pixels
+from classlens.extractor.interventions import TokenRemoval
 from classlens.extractor.jpeg import to_rgb
 from classlens.extractor.plan import IMAGE_EXTENSIONS, MASK_EXTENSION, Unit
 from classlens.extractor.schema import Status
@@ -31,7 +32,7 @@ class Decoder:
     """How a sample becomes pixels.
 
     name: a key of ``jpeg.DECODERS``. classes: C, the bound of a valid label. masks: whether masks
-    are read at all.
+    are read at all. removal: which image tokens stay; None for all.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Decoder:
     classes: int
     max_pixels: int
     masks: bool
+    removal: TokenRemoval | None = None
 
 
 @dataclass
@@ -48,13 +50,15 @@ class Decoded:
     """What became of one planned image.
 
     position: place within the unit. label: −1 when there is none. mask_fraction: uint8 [G], the
-    share of each patch that shows the class, or None.
+    share of each patch that shows the class, or None. kept: bool [G], the image tokens that token
+    removal leaves, or None.
     """
 
     position: int
     label: int
     status: Status
     mask_fraction: np.ndarray | None = None
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,18 @@ def decode(image: Planned, decoder: Decoder, pixels: np.ndarray) -> Decoded:
     if isinstance(mask, Status) or mask.size != picture.size:
         return Decoded(position, label, Status.MASK_UNDECODABLE)
     covered = decoder.geometry.mask_coverage(class_pixels(mask, row["mask_id"]), decoder.grid)
-    return Decoded(position, label, Status.OK, covered)
+    if decoder.removal is None:
+        return Decoded(position, label, Status.OK, covered)
+    kept = decoder.removal.kept(covered)
+    emptied = not kept.any() and not decoder.removal.may_empty
+    return Decoded(position, label, Status.NO_TOKENS if emptied else Status.OK, covered, kept)
+
+
+def kept_tokens(images: Sequence[Decoded]) -> np.ndarray | None:
+    """bool [N, G], the image tokens of some images that stay; None where none is removed."""
+    kept = [image.kept for image in images if image.kept is not None]
+    assert len(kept) in (0, len(images))
+    return np.stack(kept) if kept else None
 
 
 def _open(data: bytes, decoder: Decoder) -> Image.Image | Status:

@@ -26,9 +26,11 @@ from classlens.analysis.identifiability import (
     rate,
     with_masks,
 )
+from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
 from classlens.analysis.scan import scan, scan_images
+from classlens.extractor.config import intervention_text
 from classlens.extractor.errors import ShardError, UsageError
 from classlens.extractor.schema import Layout, read_attributes
 
@@ -62,6 +64,7 @@ def write_report(
     out: str | Path,
     control: str | Path | None = None,
     *,
+    perturbed: Sequence[str | Path] = (),
     n_images: int = 12,
     permutations: int = 1000,
     seed: int = 0,
@@ -70,15 +73,22 @@ def write_report(
 
     Args:
         control: a store of the same images with random weights, compared with every store.
+        perturbed: stores of the same images and model extracted with ``--intervene``; then there is
+            one store.
         n_images: pictures shown of each store, 0 for none.
 
     Raises:
-        StoreError: a path is no store. UsageError: no stores, nothing scored, or the control does
-            not fit.
+        StoreError: a path is no store. UsageError: no stores, nothing scored, or the control or a
+            perturbed store does not fit.
     """
     paths = [Path(store) for store in stores]
     if not paths:
         raise UsageError("No stores given; name at least one folder of `classlens extract`.")
+    interventions = None
+    if perturbed:
+        if len(paths) > 1:
+            raise UsageError("--perturbed stores belong to one model; report on one store.")
+        interventions = interventions_section(paths[0], [Path(p) for p in perturbed], seed=seed)
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -88,7 +98,7 @@ def write_report(
         sections.append(_section(name, result, n_images))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
-    template = _environment().from_string(_asset("template.html"))
+    template = _environment().get_template("template.html")
     page = template.render(
         sections=sections,
         rates=rates.to_dicts(),
@@ -97,6 +107,7 @@ def write_report(
             "Bar chart of the class identifiability rates; the numbers are in the table above.",
         ),
         control=control and Path(control).name,
+        interventions=interventions,
         permutations=permutations,
         level=plots.LEVEL,
         scale=SCALE,
@@ -179,6 +190,7 @@ def _facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str,
         f"{layout.grid[0]}×{layout.grid[1]} image tokens, prefix tokens: {prefix}",
         "Classes": f"{layout.classes:,}",
         "Projection of sublayers": config["convention"],
+        "Intervention": intervention_text(config),
         "Versions": ", ".join(f"{p} {attributes['versions'][p]}" for p in packages),
     }
 
@@ -248,7 +260,11 @@ def _asset(name: str) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = _number
     return environment

@@ -129,7 +129,7 @@ def _tokens(
     patches = scan(store, images=images).filter(pl.col("kind") == "patch")
     columns = ("identifiability", "rank", "mask_fraction")
     of_streams = [
-        next(batches(patches.filter(pl.col("stream") == stream), columns))
+        next(batches(patches.filter(pl.col("stream") == stream), columns, nulls=True))
         for stream in layout.streams
     ]
     shape = (len(images), len(layout.streams), layout.blocks, *layout.grid)

@@ -24,11 +24,13 @@ class Targets:
     """What is known of the images of a batch besides their pixels.
 
     labels: int64 [N], all in [0, C). images: int64 [N], place of each on the image axis; what is
-    drawn at random for an image depends on it alone.
+    drawn at random for an image depends on it alone. kept: bool [N, G], the image tokens that token
+    removal leaves; None where none is removed.
     """
 
     labels: Tensor
     images: Tensor
+    kept: Tensor | None = None
 
     def __getitem__(self, images: slice) -> Targets:
         """The same of some of the images."""
@@ -36,7 +38,8 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
-        return Targets(self.labels.to(device), self.images.to(device))
+        kept = None if self.kept is None else self.kept.to(device)
+        return Targets(self.labels.to(device), self.images.to(device), kept)
 
 
 class Reducer(Protocol):

@@ -34,6 +34,7 @@ def make_layout(
     topk: int = 1,
     masks: bool = True,
     reducers: tuple[str, ...] = (),
+    tokens_removed: bool = False,
 ) -> schema.Layout:
     """A layout whose units are as long as the longest of ``images_per_unit``."""
     unit_images = max(images_per_unit)
@@ -48,6 +49,7 @@ def make_layout(
         topk=topk,
         masks=masks,
         reducers=reducers,
+        tokens_removed=tokens_removed,
     )
 
 
@@ -74,15 +76,25 @@ def random_arrays(
             values = rng.integers(0, 32, shape).astype(dtype)
         elif dtype.kind == "f":
             values = rng.normal(-2, 3, shape).astype(dtype)
-            values[rng.random(shape) < 0.05] = np.nan
+            if not layout.tokens_removed:
+                values[rng.random(shape) < 0.05] = np.nan
         elif spec.path == "scores/rank":
             scale = layout.classes * rng.random((1, *shape[1:3], 1)) + 0.3
             values = np.minimum(rng.exponential(scale, shape), layout.classes - 1).astype(dtype)
         else:
             values = rng.integers(0, layout.classes, shape).astype(dtype)
+        if layout.tokens_removed and "token" in spec.axes:
+            there = tokens_left(arrays["images/mask_fraction"], layout)
+            values = np.where(there[:, None, None], values, np.array(spec.fill, dtype))
         values[~ok] = spec.fill if spec.path != "images/status" else status[~ok]
         arrays[spec.path] = values
     return arrays
+
+
+def tokens_left(mask_fraction: np.ndarray, layout: schema.Layout) -> np.ndarray:
+    """Tokens [N, T] of a store from which context was removed."""
+    prefix = np.ones((len(mask_fraction), layout.prefix), bool)
+    return np.concatenate([prefix, mask_fraction >= 128], axis=1)
 
 
 def write_store(
@@ -199,6 +211,7 @@ def expected_frame(store: Store) -> pl.DataFrame:
     layout = store.layout
     score = {p.split("/")[1]: a for p, a in store.arrays.items() if p.startswith("scores/")}
     columns = layout.grid[1]
+    fill = np.iinfo(score["rank"].dtype).max
     rows = []
     for unit in store.committed:
         first = unit * layout.unit_images
@@ -215,6 +228,7 @@ def expected_frame(store: Store) -> pl.DataFrame:
                         is_patch = patch >= 0
                         place = (image, block, s, token)
                         rank = int(score["rank"][place])
+                        is_removed = layout.tokens_removed and rank == fill
                         fraction = None
                         if is_patch and layout.masks:
                             covered = store.arrays["images/mask_fraction"][image, patch]
@@ -232,11 +246,20 @@ def expected_frame(store: Store) -> pl.DataFrame:
                                 patch // columns if is_patch else None,
                                 patch % columns if is_patch else None,
                                 fraction,
-                                rank,
-                                1 - rank / layout.classes,
-                                float(score["label_logit"][place]),
-                                float(score["label_logprob"][place]),
-                                *(int(score[f"top{k + 1}"][place]) for k in range(layout.topk)),
+                                *(
+                                    [None] * (4 + layout.topk)
+                                    if is_removed
+                                    else [
+                                        rank,
+                                        1 - rank / layout.classes,
+                                        float(score["label_logit"][place]),
+                                        float(score["label_logprob"][place]),
+                                        *(
+                                            int(score[f"top{k + 1}"][place])
+                                            for k in range(layout.topk)
+                                        ),
+                                    ]
+                                ),
                             )
                         )
     return pl.DataFrame(rows, schema=expected_schema(layout), orient="row")

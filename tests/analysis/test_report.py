@@ -17,6 +17,7 @@ from synthetic_store import make_layout, write_store
 from classlens.analysis.commands_analyze import analyze
 from classlens.analysis.commands_report import report
 from classlens.analysis.identifiability import analyze_identifiability
+from classlens.analysis.interventions import analyze_interventions
 from classlens.analysis.memories import analyze_memories
 from classlens.analysis.report import write_report
 from classlens.analysis.report.pictures import choose_images, make_pictures
@@ -282,6 +283,30 @@ def test_several_stores_stand_side_by_side(store, control, tmp_path):
     assert len(ids) == len(set(ids))
     with pytest.raises(UsageError, match="No stores"):
         write_report([], tmp_path / "none.html")
+
+
+def test_interventions_have_a_section(store, tmp_path):
+    knockout = make_store(tmp_path / "knockout", seed=2, shards=False)
+    group = json.loads((knockout.path / "zarr.json").read_text())
+    group["attributes"]["classlens"]["config"] |= {"intervene": "no-cls", "intervene_blocks": None}
+    (knockout.path / "zarr.json").write_text(json.dumps(group))
+    arguments = [str(store.path), "--perturbed", str(knockout.path), "--images", "0"]
+    arguments += ["--permutations", "5", "--out", str(tmp_path / "r.html")]
+    run = CliRunner().invoke(report, arguments, catch_exceptions=False)
+    assert run.exit_code == 0
+    page = (tmp_path / "r.html").read_text()
+    text = re.sub(r"\s+", " ", " ".join(parsed(page).text))
+    assert "no-cls in all blocks" in text
+    assert "knockout: 20 images, 240 image tokens" in text
+    result = analyze_interventions(store.path, [knockout.path])
+    for row in result.rates.iter_rows(named=True):
+        numbers = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        assert numbers.replace("-", "−") in text
+    assert page.count('id="figure-interventions') == 2
+    with pytest.raises(UsageError, match="report on one store"):
+        write_report(
+            [store.path, store.path], tmp_path / "none.html", perturbed=[knockout.path], n_images=0
+        )
 
 
 def test_report_command(store, control, tmp_path):

@@ -62,6 +62,17 @@ STORES: dict[str, Callable[[Path], Store]] = {
         [2, 2],
         bad={0: Status.TOO_LARGE, 1: Status.MASK_MISSING},
     ),
+    # Context removed; ranks of 16 and of 32 bits.
+    "removed": lambda path: write_store(
+        path, make_layout(images_per_unit=[3, 2], blocks=2, tokens_removed=True), [3, 2]
+    ),
+    "removed-wide": lambda path: write_store(
+        path,
+        make_layout(
+            images_per_unit=[3], blocks=2, prefix_kinds=(), classes=70_000, tokens_removed=True
+        ),
+        [3],
+    ),
 }
 
 
