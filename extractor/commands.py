@@ -107,6 +107,7 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
 @click.option("--topk", default=1, show_default=True, help="Top classes kept for each token.")
 @click.option("--reduce", multiple=True, type=click.Choice(REDUCERS),
               help="What to keep besides the ranks; repeatable.")  # fmt: skip
+@click.option("--per-head", is_flag=True, help="Keep the attribution of each head too.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")

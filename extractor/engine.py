@@ -11,7 +11,8 @@ from classlens.extractor.batch_size import largest_batch
 from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
-from classlens.extractor.reducers.protocol import Targets
+from classlens.extractor.reducers.attribution import AttributionReducer
+from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.kernels.certify import Certifier
@@ -77,14 +78,24 @@ def make_scorer(prepared: Prepared) -> Scorer:
         margins=config.on_cpu and config.dtype == "bfloat16" and margins_pay() and not certifier,
         certifier=certifier,
     )
+    reducers: list[Reducer] = [ranks]
+    if "attribution" in config.reduce:
+        reducers.append(attribution_reducer(prepared))
     return Scorer(
         subject,
-        [ranks],
+        reducers,
         dtype=dtype,
         device=config.device,
         convention=config.convention,
         compile=compile,
     )
+
+
+def attribution_reducer(prepared: Prepared) -> AttributionReducer:
+    """Attribution as the configuration wants it. Gradients take float32 whatever the dtype."""
+    config, subject = prepared.config, prepared.subject
+    space = subject.space.to(dtype=torch.float32, device=config.device)
+    return AttributionReducer(subject.model, space, config.convention, config.per_head)
 
 
 def choose_impl(config: ExtractConfig, images: int) -> Impl:

@@ -19,6 +19,7 @@ from classlens.extractor.errors import UsageError
 from classlens.extractor.jpeg import decoder_facts
 from classlens.extractor.models import Subject, load_subject
 from classlens.extractor.plan import Plan, expand_shards, make_plan, read_member
+from classlens.extractor.reducers.attribution import require_attribution
 from classlens.extractor.schema import (
     FORMAT_VERSION,
     UNITS_FILE,
@@ -76,6 +77,8 @@ def prepare(
     """
     plan = make_plan(expand_shards(shards))
     subject = load_subject(config)
+    if "attribution" in config.reduce:
+        require_attribution(subject, config.model)
     layout = Layout(
         images=len(plan.units) * plan.unit_images,
         unit_images=plan.unit_images,
@@ -89,6 +92,7 @@ def prepare(
         certified=config.certify,
         heads=subject.heads,
         reducers=config.reduce,
+        per_head=config.per_head,
     )
     if config.topk > layout.classes:
         raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")

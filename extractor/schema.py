@@ -62,7 +62,7 @@ class Layout:
     token. grid: patch rows and columns. classes: C. topk: number of ``top*`` arrays. masks: whether
     ``images/mask_fraction`` exists. certified: whether every rank is proven exact, and
     ``scores/recomputed`` exists. heads: attention heads H of a block. reducers: which of
-    ``REDUCERS`` fill arrays besides the ranks.
+    ``REDUCERS`` fill arrays besides the ranks. per_head: whether the attribution keeps each head.
     """
 
     images: int
@@ -77,6 +77,7 @@ class Layout:
     certified: bool = False
     heads: int = 0
     reducers: tuple[str, ...] = ()
+    per_head: bool = False
 
     @property
     def prefix(self) -> int:
@@ -170,6 +171,22 @@ def score_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     return tuple(arrays)
 
 
+def attribution_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The arrays of the attribution reducer (paper §5).
+
+    A relevance is what ``relevance`` or ``head_relevance`` holds, times 2^exponent of its image and
+    block: gradients are too small for float16 as they are.
+    """
+    arrays = [
+        ArraySpec("attribution/relevance", "float16", ("image", "block", "patch"), float("nan")),
+        ArraySpec("attribution/exponent", "int32", ("image", "block"), 0),
+    ]
+    if layout.per_head:
+        axes = ("image", "block", "head", "patch")
+        arrays.append(ArraySpec("attribution/head_relevance", "float16", axes, float("nan")))
+    return tuple(arrays)
+
+
 def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """The arrays with one row per image."""
     arrays = [
@@ -184,7 +201,8 @@ def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
 
 def all_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """Every array of a store."""
-    return (*image_arrays(layout), *score_arrays(layout))
+    attribution = attribution_arrays(layout) if "attribution" in layout.reducers else ()
+    return (*image_arrays(layout), *score_arrays(layout), *attribution)
 
 
 def shard_file(spec: ArraySpec, unit: int) -> str:
