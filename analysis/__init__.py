@@ -1,5 +1,5 @@
 """Queries over finished stores."""
 
-from classlens.analysis.scan import scan, scan_images
+from classlens.analysis.scan import scan, scan_attribution, scan_images
 
-__all__ = ["scan", "scan_images"]
+__all__ = ["scan", "scan_attribution", "scan_images"]

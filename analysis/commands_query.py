@@ -34,7 +34,7 @@ EXPORT_ROW_GROUP = 1 << 20
 def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None:
     """Answers an SQL query over the scores of STORE.
 
-    Three tables. `scores` has a row for each image, block, stream and token:
+    `scores` has a row for each image, block, stream and token:
 
     \b
       image, key, label, prediction             the picture
@@ -45,8 +45,10 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
       label_logit, label_logprob, top1 …        of the label; best classes
 
     `images` has a row for each planned image (image, key, label, prediction, status, unit, shard,
-    offset, size), `classes` for each class (class, name). Only what the WHERE clause leaves is
-    read: conditions on the first three lines above, joined by AND, make a query quick.
+    offset, size), `classes` for each class (class, name). Stores with attribution have a table
+    `attribution` (image, key, label, prediction, block, row, col, relevance) and, where heads are
+    kept, `head_attribution` with a column head. Only what the WHERE clause leaves is read:
+    conditions on the first three lines above, joined by AND, make a query quick.
 
     \b
     How often is the label the top class, block by block?
@@ -69,9 +71,9 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
     """
     import polars as pl
 
-    from classlens.analysis.scan import scan, scan_images
+    from classlens.analysis.scan import scan, scan_attribution, scan_images
     from classlens.analysis.source import scan_table
-    from classlens.extractor.schema import CLASSES_FILE
+    from classlens.extractor.schema import CLASSES_FILE, read_layout
 
     if form == "parquet" and out is None:
         raise UsageError("Parquet is not for terminals; give a file with --out.")
@@ -80,6 +82,11 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
         "images": scan_images(store),
         "classes": scan_table(store, CLASSES_FILE),
     }
+    layout = read_layout(store)
+    if "attribution" in layout.reducers:
+        tables["attribution"] = scan_attribution(store)
+    if layout.per_head:
+        tables["head_attribution"] = scan_attribution(store, heads=True)
     try:
         answer = pl.SQLContext(tables).execute(sql, eager=False)
         if out is None:

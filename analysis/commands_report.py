@@ -15,6 +15,9 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.argument("stores", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--control", type=FOLDER, help="Store of the same images with random weights.")
+@click.option("--perturbation", "perturbations", multiple=True,
+              type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="File of `classlens perturb`; repeatable.")  # fmt: skip
 @click.option("--images", default=12, show_default=True, type=click.IntRange(0),
               help="Pictures shown of each store.")  # fmt: skip
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
@@ -24,6 +27,7 @@ def report(
     stores: tuple[Path, ...],
     out: Path,
     control: Path | None,
+    perturbations: tuple[Path, ...],
     images: int,
     permutations: int,
     seed: int,
@@ -31,7 +35,8 @@ def report(
     """One self-contained HTML page on STORES, readable offline.
 
     Identifiability rates, their evolution over the blocks, change rates, class against context
-    tokens, and some images with the identifiability of their tokens laid on them.
+    tokens, and some images with the identifiability of their tokens laid on them; the attribution
+    too, of stores that have it, and the curves of perturbation tests.
 
     \b
     classlens report store --control control --out report.html
@@ -39,5 +44,13 @@ def report(
     from classlens.analysis.report import write_report
 
     with status("Analysing and drawing"):
-        write_report(stores, out, control, n_images=images, permutations=permutations, seed=seed)
+        write_report(
+            stores,
+            out,
+            control,
+            perturbations=perturbations,
+            n_images=images,
+            permutations=permutations,
+            seed=seed,
+        )
     click.echo(out)

@@ -69,7 +69,7 @@ def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
             tick = base.mark_tick(color=CHANCE_COLOR, thickness=2, height={"band": 0.8})
             layers.append(tick.encode(x="chance:Q"))
         panels.append(alt.layer(*layers).properties(width=BAR_WIDTH, height=alt.Step(32)))
-    return _styled(alt.hconcat(*panels, spacing=32))
+    return styled(alt.hconcat(*panels, spacing=32))
 
 
 def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
@@ -108,7 +108,7 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         data=rows,
     ).properties(width=262, height=175)
     titles = {"labelFontSize": 13, "labelColor": "#222", "labelPadding": 6}
-    return _styled(
+    return styled(
         panel.facet(
             column=alt.Column(
                 "stream:N",
@@ -139,7 +139,7 @@ def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
     )
     title = "share of image tokens rising"
     y = alt.Y("change_rate:Q", title=title, scale=alt.Scale(domain=[0, 1]))
-    return _styled(
+    return styled(
         alt.layer(
             base.mark_area(opacity=0.25).encode(y=alt.Y("low:Q", title=title), y2="high:Q"),
             base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
@@ -171,7 +171,7 @@ def context_chart(context: pl.DataFrame) -> alt.LayerChart:
         legend=alt.Legend(symbolStrokeColor=color, symbolSize=70),
     )
     zero = alt.Chart(pl.DataFrame({"zero": [0.0]})).mark_rule(color=CHANCE_COLOR)
-    return _styled(
+    return styled(
         alt.layer(
             zero.encode(y="zero:Q"),
             base.mark_tick(color=CONTROL_COLOR, thickness=2, size=16, orient="horizontal").encode(
@@ -256,7 +256,8 @@ def _test_name(frame: pl.DataFrame) -> str:
     return "p" if frame["q_value"].is_null().all() else "q"
 
 
-def _styled(chart: Any) -> Any:
+def styled(chart: Any) -> Any:
+    """A chart in the fonts, greys and sizes that all have."""
     text = {"labelFontSize": 12, "titleFontSize": 12.5, "labelColor": "#222", "titleColor": "#222"}
     return (
         chart.configure(font=FONT, background="transparent")

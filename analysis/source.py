@@ -34,7 +34,7 @@ READ_AHEAD = 2
 def scan_scores(store: Path, images: Sequence[int] | np.ndarray | pl.Series | None) -> pl.LazyFrame:
     """See :func:`classlens.analysis.scan.scan`."""
     layout = schema.read_layout(store)
-    source = ScoreSource(store, layout, None if images is None else _checked(images, layout))
+    source = ScoreSource(store, layout, None if images is None else checked_images(images, layout))
     return register_io_source(source.frames, schema=score_schema(layout), is_pure=True)
 
 
@@ -359,7 +359,14 @@ def finished(
     return frame if names is None else frame.select(names)
 
 
-def _checked(images: Sequence[int] | np.ndarray | pl.Series, layout: schema.Layout) -> np.ndarray:
+def checked_images(
+    images: Sequence[int] | np.ndarray | pl.Series, layout: schema.Layout
+) -> np.ndarray:
+    """Ascending places on the image axis.
+
+    Raises:
+        UsageError: a value is none.
+    """
     places = np.unique(np.asarray(images))
     if not len(places):
         return np.empty(0, np.int64)

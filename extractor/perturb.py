@@ -22,7 +22,8 @@ from classlens.extractor.errors import ModelError
 from classlens.extractor.models import predict
 from classlens.extractor.pictures import Pictures, read_pictures
 from classlens.extractor.prepare import Prepared
-from classlens.extractor.relevance import METHODS, Relevance
+from classlens.extractor.relevance import Relevance
+from classlens.extractor.schema import RELEVANCE_METHODS
 from classlens.extractor.scorer import DTYPES, Scorer
 
 TESTS = ("negative", "positive")
@@ -30,7 +31,7 @@ ALL_COUNTS_UP_TO, DEFAULT_STEPS = 64, 25
 
 SCHEMA = {
     "image": pl.Int32(),
-    "method": pl.Enum(METHODS),
+    "method": pl.Enum(RELEVANCE_METHODS),
     "test": pl.Enum(TESTS),
     "kept": pl.Int16(),
     "right": pl.Boolean(),

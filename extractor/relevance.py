@@ -26,8 +26,6 @@ from classlens.extractor.prepare import Prepared
 from classlens.extractor.reducers.attribution import AttributionReducer
 from classlens.extractor.scorer import Scorer
 
-METHODS = ("class-embedding", "chefer", "rollout", "random")
-
 Relevance = Callable[[Pictures], Tensor]
 """Pictures of N images -> relevance [N, G]."""
 

@@ -23,6 +23,8 @@ FORMAT_VERSION = 1
 STREAMS = ("resid", "mid", "attn", "mlp")
 REDUCERS = ("memories", "attribution")
 """What `extract --reduce` adds to the ranks."""
+RELEVANCE_METHODS = ("class-embedding", "chefer", "rollout", "random")
+"""What ranks an image's patches in the perturbation test."""
 SUBLAYERS = ("attn", "mlp")
 TOKEN_KINDS = ("cls", "dist", "register", "patch")
 

@@ -26,6 +26,12 @@ from classlens.analysis.identifiability import (
     rate,
     with_masks,
 )
+from classlens.analysis.perturbation import NOTE as PERTURBATION_NOTE
+from classlens.analysis.report.attribution import (
+    RelevancePicture,
+    perturbation_figure,
+    relevance_pictures,
+)
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import ShardError, UsageError
@@ -39,7 +45,8 @@ class Section:
     aspect: height over width of the pixels that the patches cover. facts: name and value of what
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
-    figures. missing_pictures: why there are no pictures, else empty.
+    figures. relevance: attribution laid on pictures, of a store that has it. missing_pictures: why
+    there are no pictures, else empty.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Section:
     charts: dict[str, Markup]
     blocks: list[dict[str, Any]]
     pictures: list[Picture]
+    relevance: list[RelevancePicture]
     missing_pictures: str
 
 
@@ -59,6 +67,7 @@ def write_report(
     out: str | Path,
     control: str | Path | None = None,
     *,
+    perturbations: Sequence[Path] = (),
     n_images: int = 12,
     permutations: int = 1000,
     seed: int = 0,
@@ -67,11 +76,12 @@ def write_report(
 
     Args:
         control: a store of the same images with random weights, compared with every store.
+        perturbations: files of `classlens perturb`.
         n_images: pictures shown of each store, 0 for none.
 
     Raises:
-        StoreError: a path is no store. UsageError: no stores, nothing scored, or the control does
-            not fit.
+        StoreError: a path is no store. UsageError: no stores, nothing scored, the control does
+            not fit, or a file is no result of `classlens perturb`.
     """
     paths = [Path(store) for store in stores]
     if not paths:
@@ -85,7 +95,7 @@ def write_report(
         sections.append(_section(name, result, n_images))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
-    template = _environment().from_string(_asset("template.html"))
+    template = _environment().get_template("template.html")
     page = template.render(
         sections=sections,
         rates=rates.to_dicts(),
@@ -93,6 +103,8 @@ def write_report(
             plots.rate_chart(of_corrected),
             "Bar chart of the class identifiability rates; the numbers are in the table above.",
         ),
+        perturbations=[perturbation_figure(path) for path in perturbations],
+        perturbation_note=PERTURBATION_NOTE,
         control=control and Path(control).name,
         permutations=permutations,
         level=plots.LEVEL,
@@ -129,10 +141,11 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
             f"Class-minus-context difference over the blocks of {name}; the numbers are in the "
             "table below.",
         )
-    pictures, missing = [], ""
+    pictures, relevance, missing = [], [], ""
     if n_images:
         try:
             pictures = make_pictures(store, n_images)
+            relevance = relevance_pictures(store, n_images)
         except ShardError as error:
             missing = str(error)
     return Section(
@@ -145,6 +158,7 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
         charts=charts,
         blocks=_block_rows(result),
         pictures=pictures,
+        relevance=relevance,
         missing_pictures=missing,
     )
 
@@ -244,7 +258,11 @@ def _asset(name: str) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_asset),
     )
     environment.filters["number"] = _number
     return environment

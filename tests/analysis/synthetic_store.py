@@ -33,6 +33,9 @@ def make_layout(
     classes: int = 10,
     topk: int = 1,
     masks: bool = True,
+    heads: int = 0,
+    reducers: tuple[str, ...] = (),
+    per_head: bool = False,
 ) -> schema.Layout:
     """A layout whose units are as long as the longest of ``images_per_unit``."""
     unit_images = max(images_per_unit)
@@ -46,6 +49,9 @@ def make_layout(
         classes=classes,
         topk=topk,
         masks=masks,
+        heads=heads,
+        reducers=reducers,
+        per_head=per_head,
     )
 
 
@@ -68,6 +74,8 @@ def random_arrays(
             values = status
         elif spec.path == "images/mask_fraction":
             values = rng.choice([0, 0, 51, 128, 255], shape).astype(dtype)
+        elif spec.path.startswith("attribution/"):
+            values = rng.normal(0, 40, shape).astype(dtype)
         elif dtype.kind == "f":
             values = rng.normal(-2, 3, shape).astype(dtype)
             values[rng.random(shape) < 0.05] = np.nan
