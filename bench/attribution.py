@@ -77,7 +77,8 @@ def measure(
     batch = torch.randn(images, 3, *subject.geometry.input_size, generator=generator).to(device)
     labels = torch.randint(0, space.num_classes, (images,), generator=generator).to(device)
 
-    timed = _spread(subject.model.num_prefix_tokens + subject.grid[0] * subject.grid[1], tokens)
+    count = vit.num_prefix_tokens + subject.grid[0] * subject.grid[1]
+    timed = _spread(count, tokens)
     check(vit, space, batch[:2], labels[:2])
 
     backward_s: list[float] = []
@@ -92,12 +93,11 @@ def measure(
         "every token": few_tokens,
     }
     seconds = time_in_turn(tasks, rounds, device)
-    count = subject.model.num_prefix_tokens + subject.grid[0] * subject.grid[1]
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    # Its forward pass, and `count` backward passes a block, for each image.
+    # For each image a forward pass, and a backward pass for each token of each block.
     few_s = statistics.median(backward_s[1:])
-    one_image_s = median["every token"] - few_s + few_s * count / len(timed)
-    median["every token"] = one_image_s * images
+    median["every token"] += few_s * (count / len(timed) - 1)
+    median["every token"] *= images
     return [
         {
             "way": way,
