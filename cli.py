@@ -20,6 +20,10 @@ COMMANDS = {
     "query": ("classlens.analysis.commands_query:query", "SQL over the scores of a store."),
     "export": ("classlens.analysis.commands_query:export", "A store -> one long Parquet file."),
     "analyze": ("classlens.analysis.commands_analyze:analyze", "The paper's analyses, as tables."),
+    "perturb": (
+        "classlens.analysis.commands_perturb:perturb",
+        "The test of what is relevant: keep some patches.",
+    ),
     "report": ("classlens.analysis.commands_report:report", "Stores -> one HTML page of figures."),
     "bench": ("classlens.bench.commands:bench", "Throughput and exactness here."),
 }

@@ -1,5 +1,5 @@
 """Queries over finished stores."""
 
-from classlens.analysis.scan import scan, scan_images, scan_memories
+from classlens.analysis.scan import scan, scan_attribution, scan_images, scan_memories
 
-__all__ = ["scan", "scan_images", "scan_memories"]
+__all__ = ["scan", "scan_attribution", "scan_images", "scan_memories"]

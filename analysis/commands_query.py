@@ -53,6 +53,9 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
       agreement_text, agreement_text_control    a top value vector has the class among its top ones
       composed                                  the sublayer's top class is that of one of them
 
+    One extracted with --reduce attribution has `attribution` (image, key, label, prediction, block,
+    row, col, relevance) and, where heads are kept, `head_attribution` with a column head.
+
     Only what the WHERE clause leaves is read: conditions on picture, block, stream or sublayer, and
     token, joined by AND, make a query quick.
 
@@ -77,7 +80,7 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
     """
     import polars as pl
 
-    from classlens.analysis.scan import scan, scan_images, scan_memories
+    from classlens.analysis.scan import scan, scan_attribution, scan_images, scan_memories
     from classlens.analysis.source import scan_table
     from classlens.extractor.schema import CLASSES_FILE, read_layout
 
@@ -88,8 +91,13 @@ def query(store: Path, sql: str, form: str, out: Path | None, rows: int) -> None
         "images": scan_images(store),
         "classes": scan_table(store, CLASSES_FILE),
     }
-    if "memories" in read_layout(store).reducers:
+    layout = read_layout(store)
+    if "memories" in layout.reducers:
         tables["memories"] = scan_memories(store)
+    if "attribution" in layout.reducers:
+        tables["attribution"] = scan_attribution(store)
+    if layout.per_head:
+        tables["head_attribution"] = scan_attribution(store, heads=True)
     try:
         answer = pl.SQLContext(tables).execute(sql, eager=False)
         if out is None:

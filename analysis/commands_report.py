@@ -17,6 +17,9 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--control", type=FOLDER, help="Store of the same images with random weights.")
 @click.option("--perturbed", multiple=True, type=FOLDER,
               help="Store of the same images and model with --intervene; repeatable.")  # fmt: skip
+@click.option("--perturbation", "perturbations", multiple=True,
+              type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="File of `classlens perturb`; repeatable.")  # fmt: skip
 @click.option("--images", default=12, show_default=True, type=click.IntRange(0),
               help="Pictures shown of each store.")  # fmt: skip
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
@@ -27,6 +30,7 @@ def report(
     out: Path,
     control: Path | None,
     perturbed: tuple[Path, ...],
+    perturbations: tuple[Path, ...],
     images: int,
     permutations: int,
     seed: int,
@@ -34,8 +38,9 @@ def report(
     """One self-contained HTML page on STORES, readable offline.
 
     Identifiability rates, their evolution over the blocks, change rates, class against context
-    tokens, and some images with the identifiability of their tokens laid on them; with --perturbed
-    also what interventions on the model do.
+    tokens, and some images with the identifiability of their tokens laid on them; memories and
+    attribution, of stores that have them; with --perturbed what interventions on the model do, and
+    with --perturbation the curves of perturbation tests.
 
     \b
     classlens report store --control control --out report.html
@@ -48,6 +53,7 @@ def report(
             out,
             control,
             perturbed=perturbed,
+            perturbations=perturbations,
             n_images=images,
             permutations=permutations,
             seed=seed,

@@ -257,6 +257,7 @@ def _test_name(frame: pl.DataFrame) -> str:
 
 
 def styled(chart: Any) -> Any:
+    """A chart in the fonts, greys and sizes that all have."""
     text = {"labelFontSize": 12, "titleFontSize": 12.5, "labelColor": "#222", "titleColor": "#222"}
     return (
         chart.configure(font=FONT, background="transparent")

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from classlens.analysis.plots import CONTROL_COLOR, STREAM_COLORS, _blocks, _styled
+from classlens.analysis.plots import CONTROL_COLOR, STREAM_COLORS, block_axis, styled
 
 SUBLAYER_TITLES = {"attn": "attention", "mlp": "MLP"}
 GROUP_LINES = {"all": "all tokens", "cls": "CLS token", "patch": "image tokens"}
@@ -78,7 +78,7 @@ def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list)
             alt.value(STREAM_COLORS[sublayer]),
         )
         part = rows.filter(pl.col("sublayer") == sublayer)
-        base = alt.Chart(part).encode(x=_blocks(rows), color=color, detail="line:N")
+        base = alt.Chart(part).encode(x=block_axis(rows), color=color, detail="line:N")
         y_title = title if i == 0 else None
         scale = alt.Scale(domain=[min(0.0, lowest), 1.08 * highest], nice=True)
         y = alt.Y("value:Q", title=y_title, scale=scale)
@@ -97,7 +97,7 @@ def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list)
             base.mark_circle(size=28, opacity=1).encode(y=y),
         ]
         if "star" in rows.columns:
-            stars = alt.Chart(part.filter("star")).encode(x=_blocks(rows), y="high:Q")
+            stars = alt.Chart(part.filter("star")).encode(x=block_axis(rows), y="high:Q")
             layers.append(stars.mark_text(text="★", fontSize=9, dy=-9, color=CONTROL_COLOR))
         panels.append(alt.layer(*layers).properties(title=name, **PANEL))
-    return _styled(alt.hconcat(*panels, spacing=24))
+    return styled(alt.hconcat(*panels, spacing=24))

@@ -89,3 +89,33 @@ def scan_images(store: str | Path) -> pl.LazyFrame:
     from classlens.analysis.source import scan_manifest
 
     return scan_manifest(Path(store))
+
+
+def scan_attribution(
+    store: str | Path,
+    *,
+    heads: bool = False,
+    images: Sequence[int] | np.ndarray | pl.Series | None = None,
+) -> pl.LazyFrame:
+    """The attribution of a store (paper §5), one row for each (image, block, patch), or head.
+
+    ``relevance`` is −∂ℓ/∂A[h, CLS, patch], ℓ the cross-entropy of the block's attention output at
+    the CLS token against the image's label: what more attention to the patch would take off the
+    loss. Summed over heads, or of each head. Images, filters and order are as in :func:`scan`;
+    conditions on ``relevance`` are not pushed down.
+
+    Columns: image Int32, key String, label Int32, prediction Int32, block Int16, head Int16 (with
+    ``heads`` only), row Int16, col Int16, relevance Float32 (eleven significant bits, fewer for
+    what is 2^29 times smaller than the largest of its image and block).
+
+    Args:
+        heads: the rows of each head, of a store that keeps them.
+
+    Raises:
+        StoreError: as in :func:`scan`.
+        UsageError: the store holds no attribution, or none of each head; or ``images`` has a value
+            that is not a place on the store's image axis.
+    """
+    from classlens.analysis.attribution import scan_relevance
+
+    return scan_relevance(Path(store), heads, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from classlens.bench.attribution import attribution
 from classlens.bench.certify import certify
 from classlens.bench.extract import extract
 from classlens.bench.fidelity import fidelity
@@ -23,5 +24,5 @@ def bench() -> None:
     """
 
 
-for command in (kernels, extract, certify, fidelity, query, memory, rivals, table):
+for command in (kernels, extract, certify, fidelity, query, memory, rivals, attribution, table):
     bench.add_command(command)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from classlens.extractor.schema import REDUCERS
+
 if TYPE_CHECKING:
     import torch
 
+    from classlens.extractor.captured import CapturedScorer
     from classlens.extractor.prepare import Prepared
 
 # Of the ranks of a batch scored twice, in batches of different sizes.
@@ -34,12 +38,15 @@ SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 32, 512
               help="Each round times forward, scoring and extraction in turn.")  # fmt: skip
 @click.option("--compile/--no-compile", default=None, help="[default: both, on a CPU]")
 @click.option("--certify", is_flag=True, help="Also with certified ranks.")
+@click.option("--reduce", multiple=True, type=click.Choice(REDUCERS),
+              help="Also with all these besides the ranks; repeatable.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extract(
     dtypes: tuple[str, ...],
     device: str | None,
     compile: bool | None,
     certify: bool,
+    reduce: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -51,7 +58,8 @@ def extract(
 
     At equal efficiency the scored run reaches the floor, forward FLOPs / (forward + scoring FLOPs),
     0.763 of the bare forward for ViT-B/16 and three streams. Shares of peak are of the fastest
-    large matrix product of the same run.
+    large matrix product of the same run. With --reduce, `cost_of_ranks` is the time of scoring in
+    memory over that of the ranks alone, the two timed in turn.
     """
     import torch
 
@@ -68,8 +76,9 @@ def extract(
         for dtype in dtypes or ("float32" if on_cpu else "float16",):
             for compiled in (False, True) if both else (bool(compile),):
                 for certified in (False, True) if certify else (False,):
-                    facts = {"dtype": dtype, "compile": compiled, "certify": certified}
-                    rows.append(_row(facts, device, **options))
+                    for kept in ((), reduce) if reduce else ((),):
+                        facts = {"dtype": dtype, "compile": compiled, "certify": certified}
+                        rows.append(_row({**facts, "reduce": kept}, device, **options))
     result = {"benchmark": "extract", "machine": machine_facts(device), "rows": rows}
     print_result(result, as_json)
 
@@ -103,8 +112,7 @@ def _row(
 
 
 def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
-    """Medians over the rounds, the three in turn so that a drifting machine hits them alike."""
-
+    """Medians over the rounds, in turn so that a drifting machine hits all alike."""
     from classlens.bench.fidelity import first_targets, read_pictures
     from classlens.bench.machine import gemm_peak, time_in_turn
     from classlens.extractor.engine import choose_impl, make_engine
@@ -125,6 +133,10 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         compile=bool(config.compile),
     )
     parts = [slice(min(batch, count - start)) for start in range(0, count, batch)]
+    alone = None
+    if config.reduce:
+        ranks = replace(prepared, config=replace(config, reduce=(), per_head=False))
+        alone = make_engine(ranks).scorer
     stores = (folder / f"store{i}" for i in range(rounds + 2))
     summaries = []
 
@@ -132,9 +144,9 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         for part in parts:
             bare.score(pixels[part], targets[part])["images/prediction"].cpu()
 
-    def scored() -> None:
+    def scored(scorer: Scorer | CapturedScorer = engine.scorer) -> None:
         for part in parts:
-            for value in engine.scorer.score(pixels[part], targets[part]).values():
+            for value in scorer.score(pixels[part], targets[part]).values():
                 value.cpu()
 
     def end_to_end() -> None:
@@ -143,6 +155,8 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
     end_to_end()
     check(folder / "store0", engine.scorer.score(pixels, targets)["scores/rank"])
     tasks = {"forward": forward, "scored": scored, "extract": end_to_end}
+    if alone is not None:
+        tasks["ranks"] = lambda: scored(alone)
     seconds = time_in_turn(tasks, rounds, config.device)
     rate = {name: count / statistics.median(values) for name, values in seconds.items()}
     forward_flops, scoring_flops = flops(prepared)
@@ -153,6 +167,7 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         "model": config.model,
         "dtype": config.dtype,
         "certify": config.certify,
+        "reduce": ", ".join(config.reduce),
         "impl": choose_impl(config, count),
         "compiled": bool(config.compile),
         "images": count,
@@ -162,6 +177,7 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         "extract_images_per_s": round(rate["extract"], 3),
         "scored_of_forward": round(rate["scored"] / rate["forward"], 3),
         "floor_of_forward": round(floor, 3),
+        **({"cost_of_ranks": round(rate["ranks"] / rate["scored"], 3)} if config.reduce else {}),
         "extract_of_scored": round(rate["extract"] / rate["scored"], 3),
         "forward_share_of_peak": round(rate["forward"] * forward_flops / peak, 3),
         "scored_share_of_peak": round(rate["scored"] * (forward_flops + scoring_flops) / peak, 3),

@@ -22,6 +22,7 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "dtype": ("dtype", ""),
         "compiled": ("compiled", ""),
         "certify": ("certified", ""),
+        "reduce": ("besides ranks", ""),
         "forward_images_per_s": ("bare forward, images/s", ",.2f"),
         "scored_images_per_s": ("scored in memory, images/s", ",.2f"),
         "extract_images_per_s": ("JPEG tars to store, images/s", ",.2f"),
@@ -30,6 +31,7 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "extract_of_scored": ("tars to store / scored", ".2f"),
         "forward_share_of_peak": ("forward, share of GEMM peak", ".0%"),
         "scored_share_of_peak": ("scored, share of GEMM peak", ".0%"),
+        "cost_of_ranks": ("time, times ranks alone", ".2f"),
         "held_back_by": ("held back by", ""),
     },
     "kernels": {
@@ -73,6 +75,15 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "recomputed_share": ("recomputed", ".2%"),
         "ordinary_recomputed_share": ("recomputed of ordinary rows", ".2%"),
         "ordinary_cost": ("time of these, times plain", ".2f"),
+    },
+    "attribution": {
+        "way": ("way", ""),
+        "model": ("model", ""),
+        "images": ("images", ",d"),
+        "seconds": ("s", ",.4g"),
+        "of_forward": ("times the forward", ",.4g"),
+        "times_closed_form": ("times the closed form", ",.4g"),
+        "extrapolated_from": ("extrapolated from", ""),
     },
     "query": {
         "query": ("question", ""),

@@ -7,7 +7,8 @@ x_{b+1} = x'_b + m_b:
   (pre-norm) or after the post-norm (``ResPostBlock``), that is: what the sublayer really adds;
 - ``key_mlp`` the output of fc1 before the activation, [N, T, F];
 - ``key_attn`` the concatenated heads that enter ``attn.proj``, [N, T, D];
-- ``query``, ``key``, ``value`` of attention as they meet the scaled dot product, [N, H, T, D / H].
+- ``query``, ``key``, ``value`` of attention as they meet the scaled dot product, [N, H, T, D / H];
+- ``gate`` what multiplies the concatenated heads, [N, T, D], of gated attention only.
 """
 
 from __future__ import annotations
@@ -70,9 +71,11 @@ def attention(module: nn.Module, x: Tensor, attend: Attend) -> tuple[Tensor, Sit
     query, key = module.q_norm(query), module.k_norm(key)
     heads = attend(query, key, value).transpose(1, 2).reshape(N, T, module.attn_dim)
     heads = module.norm(heads)
+    inner = {"query": query, "key": key, "value": value}
     if module.gate is not None:
-        heads = heads * module.gate(x).sigmoid()
-    inner = {"query": query, "key": key, "value": value, "key_attn": heads}
+        inner["gate"] = module.gate(x).sigmoid()
+        heads = heads * inner["gate"]
+    inner["key_attn"] = heads
     return module.proj_drop(module.proj(heads)), inner
 
 
@@ -83,6 +86,11 @@ def mlp_output(module: nn.Module, x: Tensor) -> tuple[Tensor, Sites]:
     key_mlp = module.fc1(x)
     hidden = module.norm(module.drop1(module.act(key_mlp)))
     return module.drop2(module.fc2(hidden)), {"key_mlp": key_mlp}
+
+
+def renorms(model: VisionTransformer, convention: str) -> bool:
+    """Whether sublayer outputs of pre-norm blocks pass their block's norm, see `walk`."""
+    return convention == "vilas2023" and model.global_pool == "avg"
 
 
 def walk(
@@ -104,7 +112,7 @@ def walk(
         sites_of: `block_sites`, or a compiled one.
         attends: one a block; the model's own attention when None.
     """
-    renorm = convention == "vilas2023" and model.global_pool == "avg"
+    renorm = renorms(model, convention)
     x = embed(model, images)
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block | ResPostBlock)

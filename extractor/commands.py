@@ -114,6 +114,7 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
               help="Where attention is knocked out, e.g. 0-5,8  [default: all]")  # fmt: skip
 @click.option("--class-fraction", default=0.5, show_default=True, metavar="F",
               help="drop-…: a patch is class when its mask covers this share.")  # fmt: skip
+@click.option("--per-head", is_flag=True, help="Keep the attribution of each head too.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")

@@ -23,8 +23,9 @@ class ExtractConfig:
     ``pretrained``, ``random[:seed]`` or a file. geometry: ``timm`` (the model's own) or ``squash``
     (the paper's code). dtype: of the forward pass and the projection. streams: see the definitions
     of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token. reduce:
-    what is kept besides the ranks, see ``REDUCERS``. convention: ``corrected``, or ``vilas2023``,
-    which passes attention and MLP outputs of GAP models through their block's norm first.
+    what is kept besides the ranks, see ``REDUCERS``. per_head: keep the attribution of each head
+    too. convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of GAP
+    models through their block's norm first, and attributes a loss that takes the softmax twice.
     max_pixels: larger pictures are not decoded.
     decoder: of JPEGs; part of the content, so that a store never mixes two. decode_threads: None
     suits the machine, see :attr:`decoding_threads`. certify: prove or mend every rank, see
@@ -42,6 +43,7 @@ class ExtractConfig:
     streams: tuple[str, ...] = ("resid", "attn", "mlp")
     topk: int = 1
     reduce: tuple[str, ...] = ()
+    per_head: bool = False
     convention: Literal["corrected", "vilas2023"] = "corrected"
     max_pixels: int = 100_000_000
     decoder: Literal["simplejpeg", "pil"] = "simplejpeg"
@@ -67,6 +69,8 @@ class ExtractConfig:
             raise UsageError(
                 f"--reduce takes {' or '.join(REDUCERS)}, each once; got {', '.join(self.reduce)}."
             )
+        if self.per_head and "attribution" not in self.reduce:
+            raise UsageError("--per-head is for the attribution; add --reduce attribution.")
         if self.topk < 0:
             raise UsageError(f"--topk is {self.topk}; give 0 or more.")
         if self.batch_size is not None and self.batch_size < 1:

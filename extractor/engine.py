@@ -12,6 +12,7 @@ from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
 from classlens.extractor.interventions import make_intervention
+from classlens.extractor.reducers.attribution import AttributionReducer
 from classlens.extractor.reducers.memories import MemoriesReducer
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
@@ -86,6 +87,8 @@ def make_scorer(prepared: Prepared) -> Scorer:
     reducers: list[Reducer] = [ranks]
     if "memories" in config.reduce:
         reducers.append(memories_reducer(prepared, space, impl))
+    if "attribution" in config.reduce:
+        reducers.append(attribution_reducer(prepared))
     return Scorer(
         subject,
         reducers,
@@ -107,6 +110,13 @@ def memories_reducer(prepared: Prepared, space: ClassSpace, impl: Impl) -> Memor
         streams=config.streams if config.topk else (),
         impl=impl,
     )
+
+
+def attribution_reducer(prepared: Prepared) -> AttributionReducer:
+    """Attribution as the configuration wants it. Gradients take float32 whatever the dtype."""
+    config, subject = prepared.config, prepared.subject
+    space = subject.space.to(dtype=torch.float32, device=config.device)
+    return AttributionReducer(subject.model, space, config.convention, config.per_head)
 
 
 def choose_impl(config: ExtractConfig, images: int) -> Impl:

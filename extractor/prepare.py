@@ -20,6 +20,7 @@ from classlens.extractor.interventions import make_intervention, require_masks, 
 from classlens.extractor.jpeg import decoder_facts
 from classlens.extractor.models import Subject, load_subject
 from classlens.extractor.plan import Plan, expand_shards, make_plan, read_member
+from classlens.extractor.reducers.attribution import require_attribution
 from classlens.extractor.schema import (
     FORMAT_VERSION,
     UNITS_FILE,
@@ -84,6 +85,8 @@ def prepare(
     if "memories" in config.reduce:
         require_value_vectors(subject, config.model)
     make_intervention(config, subject)
+    if "attribution" in config.reduce:
+        require_attribution(subject, config.model)
     layout = Layout(
         images=len(plan.units) * plan.unit_images,
         unit_images=plan.unit_images,
@@ -98,6 +101,7 @@ def prepare(
         heads=subject.heads,
         reducers=config.reduce,
         tokens_removed=config.removes_tokens,
+        per_head=config.per_head,
     )
     if config.topk > layout.classes:
         raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")

@@ -27,6 +27,8 @@ KNOCKOUTS = ("self-only", "no-cls", "no-cls-renormalised")
 REMOVALS = ("drop-context", "drop-class")
 INTERVENTIONS = (*KNOCKOUTS, *REMOVALS)
 """What `extract --intervene` does to attention; see `classlens.extractor.interventions`."""
+RELEVANCE_METHODS = ("class-embedding", "chefer", "rollout", "random")
+"""What ranks an image's patches in the perturbation test."""
 SUBLAYERS = ("attn", "mlp")
 MEMORY_FLAGS = (
     "agreement",
@@ -80,7 +82,8 @@ class Layout:
     ``images/mask_fraction`` exists. certified: whether every rank is proven exact, and
     ``scores/recomputed`` exists. heads: attention heads H of a block. reducers: which of
     ``REDUCERS`` fill arrays besides the ranks. tokens_removed: whether the scores of some image
-    tokens are fill values, because an intervention removed them.
+    tokens are fill values, because an intervention removed them. per_head: whether the attribution
+    keeps each head.
     """
 
     images: int
@@ -96,6 +99,7 @@ class Layout:
     heads: int = 0
     reducers: tuple[str, ...] = ()
     tokens_removed: bool = False
+    per_head: bool = False
 
     @property
     def prefix(self) -> int:
@@ -195,6 +199,22 @@ def memory_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     return (ArraySpec(MEMORY_FLAGS_PATH, "uint8", axes, INVALID_FLAGS),)
 
 
+def attribution_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The arrays of the attribution reducer (paper §5).
+
+    A relevance is what ``relevance`` or ``head_relevance`` holds, times 2^exponent of its image and
+    block: gradients are too small for float16 as they are.
+    """
+    arrays = [
+        ArraySpec("attribution/relevance", "float16", ("image", "block", "patch"), float("nan")),
+        ArraySpec("attribution/exponent", "int32", ("image", "block"), 0),
+    ]
+    if layout.per_head:
+        axes = ("image", "block", "head", "patch")
+        arrays.append(ArraySpec("attribution/head_relevance", "float16", axes, float("nan")))
+    return tuple(arrays)
+
+
 def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """The arrays with one row per image."""
     arrays = [
@@ -209,8 +229,12 @@ def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
 
 def all_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """Every array of a store."""
-    memories = memory_arrays(layout) if "memories" in layout.reducers else ()
-    return (*image_arrays(layout), *score_arrays(layout), *memories)
+    reduced = {"memories": memory_arrays, "attribution": attribution_arrays}
+    return (
+        *image_arrays(layout),
+        *score_arrays(layout),
+        *(spec for name in layout.reducers for spec in reduced[name](layout)),
+    )
 
 
 def shard_file(spec: ArraySpec, unit: int) -> str:

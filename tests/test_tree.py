@@ -44,6 +44,7 @@ def test_imports_go_down_only(layer):
         "classlens.extractor.commands",
         "classlens.analysis.commands_query",
         "classlens.analysis.commands_analyze",
+        "classlens.analysis.commands_perturb",
         "classlens.analysis.commands_report",
         "classlens.bench.demo.command",
         "classlens.bench.certify",

@@ -26,6 +26,12 @@ from classlens.analysis.identifiability import (
     rate,
     with_masks,
 )
+from classlens.analysis.perturbation import NOTE as PERTURBATION_NOTE
+from classlens.analysis.report.attribution import (
+    RelevancePicture,
+    perturbation_figure,
+    relevance_pictures,
+)
 from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
@@ -42,8 +48,8 @@ class Section:
     aspect: height over width of the pixels that the patches cover. facts: name and value of what
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
-    figures. missing_pictures: why there are no pictures, else empty. memories: None where the store
-    holds none.
+    figures. relevance: attribution laid on pictures, of a store that has it. missing_pictures: why
+    there are no pictures, else empty. memories: None where the store holds none.
     """
 
     name: str
@@ -55,6 +61,7 @@ class Section:
     charts: dict[str, Markup]
     blocks: list[dict[str, Any]]
     pictures: list[Picture]
+    relevance: list[RelevancePicture]
     missing_pictures: str
     memories: MemorySection | None
 
@@ -65,6 +72,7 @@ def write_report(
     control: str | Path | None = None,
     *,
     perturbed: Sequence[str | Path] = (),
+    perturbations: Sequence[Path] = (),
     n_images: int = 12,
     permutations: int = 1000,
     seed: int = 0,
@@ -75,11 +83,12 @@ def write_report(
         control: a store of the same images with random weights, compared with every store.
         perturbed: stores of the same images and model extracted with ``--intervene``; then there is
             one store.
+        perturbations: files of `classlens perturb`.
         n_images: pictures shown of each store, 0 for none.
 
     Raises:
-        StoreError: a path is no store. UsageError: no stores, nothing scored, or the control or a
-            perturbed store does not fit.
+        StoreError: a path is no store. UsageError: no stores, nothing scored, the control or a
+            perturbed store does not fit, or a file is no result of `classlens perturb`.
     """
     paths = [Path(store) for store in stores]
     if not paths:
@@ -106,6 +115,8 @@ def write_report(
             plots.rate_chart(of_corrected),
             "Bar chart of the class identifiability rates; the numbers are in the table above.",
         ),
+        perturbations=[perturbation_figure(path) for path in perturbations],
+        perturbation_note=PERTURBATION_NOTE,
         control=control and Path(control).name,
         interventions=interventions,
         permutations=permutations,
@@ -143,10 +154,11 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
             f"Class-minus-context difference over the blocks of {name}; the numbers are in the "
             "table below.",
         )
-    pictures, missing = [], ""
+    pictures, relevance, missing = [], [], ""
     if n_images:
         try:
             pictures = make_pictures(store, n_images)
+            relevance = relevance_pictures(store, n_images)
         except ShardError as error:
             missing = str(error)
     return Section(
@@ -159,6 +171,7 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
         charts=charts,
         blocks=_block_rows(result),
         pictures=pictures,
+        relevance=relevance,
         missing_pictures=missing,
         memories=memory_section(store, name, permutations=result.permutations, seed=result.seed),
     )

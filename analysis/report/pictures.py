@@ -94,8 +94,8 @@ def make_pictures(store: Path, count: int, class_fraction: float = 0.5) -> list[
                 label=names[row["label"]],
                 prediction=names[row["prediction"]],
                 right=row["label"] == row["prediction"],
-                photo=_photo(read_pixels(attributes["geometry"], row), layout.grid),
-                heat={s: _heat(r[i]) for i, s in enumerate(layout.streams)},
+                photo=photo_uri(read_pixels(attributes["geometry"], row), layout.grid),
+                heat={s: heat_uri(r[i]) for i, s in enumerate(layout.streams)},
                 identified={
                     s: [_dots(block == 0) for block in rank[i]]
                     for i, s in enumerate(layout.streams)
@@ -137,7 +137,7 @@ def _tokens(
     return r, rank, mask[:, 0, 0]
 
 
-def _photo(pixels: np.ndarray, grid: tuple[int, int]) -> str:
+def photo_uri(pixels: np.ndarray, grid: tuple[int, int]) -> str:
     """The part of the input that the patches cover, as a JPEG data URI."""
     height, width = (side // count * count for side, count in zip(pixels.shape, grid, strict=False))
     buffer = io.BytesIO()
@@ -145,7 +145,7 @@ def _photo(pixels: np.ndarray, grid: tuple[int, int]) -> str:
     return _data_uri("image/jpeg", buffer.getvalue())
 
 
-def _heat(r: np.ndarray) -> str:
+def heat_uri(r: np.ndarray) -> str:
     """Identifiability [B, rows, columns] in colour, blocks side by side, as a PNG data URI."""
     colors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype=float)
     side_by_side = np.concatenate(list(r), axis=1)

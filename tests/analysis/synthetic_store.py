@@ -33,7 +33,9 @@ def make_layout(
     classes: int = 10,
     topk: int = 1,
     masks: bool = True,
+    heads: int = 0,
     reducers: tuple[str, ...] = (),
+    per_head: bool = False,
     tokens_removed: bool = False,
 ) -> schema.Layout:
     """A layout whose units are as long as the longest of ``images_per_unit``."""
@@ -48,7 +50,9 @@ def make_layout(
         classes=classes,
         topk=topk,
         masks=masks,
+        heads=heads,
         reducers=reducers,
+        per_head=per_head,
         tokens_removed=tokens_removed,
     )
 
@@ -74,6 +78,8 @@ def random_arrays(
             values = rng.choice([0, 0, 51, 128, 255], shape).astype(dtype)
         elif spec.path == "memories/flags":
             values = rng.integers(0, 32, shape).astype(dtype)
+        elif spec.path.startswith("attribution/"):
+            values = rng.normal(0, 40, shape).astype(dtype)
         elif dtype.kind == "f":
             values = rng.normal(-2, 3, shape).astype(dtype)
             if not layout.tokens_removed:
