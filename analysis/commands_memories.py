@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from classlens.analysis.values import ValuesResult
 
 TITLES = {"attn": "attention", "mlp": "MLP"}
-GROUPS = {"all": "all tokens", "cls": "CLS", "patch": "image tokens"}
+SHORT_GROUPS = {"all": "all", "cls": "CLS", "patch": "image"}
 
 
 @click.command()
@@ -61,7 +61,8 @@ def memories(store: Path, convention: str, permutations: int, seed: int, as_json
         click.echo(json.dumps({result.convention: result.to_json() for result in results}))
         return
     for result in results:
-        _print(_agreement_table(result))
+        for name in SUBLAYERS:
+            _print(_agreement_table(result, name))
         if not result.correct_minus_wrong.is_empty():
             _print(_correct_table(result))
     _print(_composition_table(results[0]))
@@ -175,25 +176,21 @@ def _blocks(frame: pl.DataFrame) -> Iterator[tuple[int, dict[str, dict]]]:
         yield int(block), {row["sublayer"]: row for row in rows.iter_rows(named=True)}  # pyright: ignore
 
 
-def _agreement_table(result: MemoriesResult) -> Table:
-    first = result.agreement.row(0, named=True)
+def _agreement_table(result: MemoriesResult, sublayer: str) -> Table:
+    import polars as pl
+
+    frame = result.agreement.filter(pl.col("sublayer") == sublayer)
+    first = frame.row(0, named=True)
     shown = plain_table(
-        f"{result.store.name}: key-value agreement % ({result.convention})",
-        f"mean over {first['n_classes']:,} classes of the share of tokens; {first['n_images']:,} "
-        f"images of {first['n_tokens']} tokens; control: another class of {result.classes:,}, "
-        "drawn for each image; [ ]: 95% bootstrap interval over images",
-        ["block", *(f"{TITLES[name]}{what}" for name in SUBLAYERS for what in ("", " control"))],
+        f"{result.store.name}: key-value agreement, {TITLES[sublayer]} ({result.convention})",
+        f"share of tokens in %, mean over {first['n_classes']:,} classes; {first['n_images']:,} "
+        f"images of {first['n_tokens']} tokens; random: another class of {result.classes:,}, drawn "
+        "for each image; [ ]: 95% bootstrap interval over images",
+        ["block", "agreement %", "random class %", "difference"],
     )
-    for block, rows in _blocks(result.agreement):
-        cells = [
-            cell
-            for name in SUBLAYERS
-            for cell in (
-                with_interval(rows[name], "agreement", ".1f"),
-                f"{rows[name]['control']:.1f}",
-            )
-        ]
-        shown.add_row(str(block), *cells)
+    for row in frame.iter_rows(named=True):
+        cells = [with_interval(row, name, ".1f") for name in ("agreement", "control", "difference")]
+        shown.add_row(str(row["block"]), *cells)
     return shown
 
 
@@ -221,19 +218,18 @@ def _correct_table(result: MemoriesResult) -> Table:
 
 def _composition_table(result: MemoriesResult) -> Table:
     frame = result.composition
-    groups = [group for group in GROUPS if group in frame["group"].to_list()]
+    groups = [group for group in SHORT_GROUPS if group in frame["group"].to_list()]
     shown = plain_table(
-        "Memory compositionality %",
-        "share of tokens whose sublayer's top class is the top class of one of their 5 top value "
-        f"vectors; {result.n_images:,} images",
-        ["block", *(f"{TITLES[name]}, {GROUPS[group]}" for name in SUBLAYERS for group in groups)],
+        f"{result.store.name}: memory compositionality",
+        "share of tokens in %, all, CLS and image tokens, whose sublayer's top class is the top "
+        f"class of one of their 5 top value vectors; {result.n_images:,} images",
+        ["block", *(f"{name} {SHORT_GROUPS[group]}" for name in SUBLAYERS for group in groups)],
     )
-    by_cell = {
-        (row["sublayer"], row["group"], row["block"]): row["composed"] for row in frame.to_dicts()
-    }
+    cells = frame.select("sublayer", "group", "block", "composed").iter_rows()
+    composed = {tuple(cell): share for *cell, share in cells}
     for block in frame["block"].unique().sort():
-        cells = [f"{by_cell[name, group, block]:.1f}" for name in SUBLAYERS for group in groups]
-        shown.add_row(str(block), *cells)
+        shares = [composed[name, group, block] for name in SUBLAYERS for group in groups]
+        shown.add_row(str(block), *(f"{share:.1f}" for share in shares))
     return shown
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from classlens.analysis.plots import CONTROL_COLOR, STREAM_COLORS, block_axis, styled
+from classlens.analysis.plots import CONTROL_COLOR, LEVEL, _color, block_axis, styled
 
 SUBLAYER_TITLES = {"attn": "attention", "mlp": "MLP"}
-GROUP_LINES = {"all": "all tokens", "cls": "CLS token", "patch": "image tokens"}
-DASHES = {"all": [1, 0], "cls": [6, 3], "patch": [1.5, 3]}
+GROUP_LINES = {"all": "all tokens", "cls": "CLS token"}
+DASHES = ([1, 0], [6, 3])
 PANEL = {"width": 330, "height": 220}
 
 
@@ -34,21 +34,21 @@ def agreement_chart(agreement: pl.DataFrame) -> Any:
         )
         for source, text in lines.items()
     )
-    return _panels(rows, "tokens with agreeing memories (%)", lines, [[1, 0], [6, 3]])
+    return _panels(rows, "tokens with agreeing memories (%)", list(lines.values()))
 
 
 def composition_chart(composition: pl.DataFrame) -> Any:
     """Tokens whose sublayer's top class is that of a single memory, a panel a sublayer.
 
     Args:
-        composition: of ``memories.composition``.
+        composition: of ``memories.composition``. Image tokens have no line of their own: nearly all
+            tokens are image tokens.
     """
     lines = {g: text for g, text in GROUP_LINES.items() if g in composition["group"].to_list()}
-    rows = composition.with_columns(
-        line=pl.col("group").replace(lines), source=pl.lit("agreement"), value=pl.col("composed")
+    rows = composition.filter(pl.col("group").is_in(list(lines))).with_columns(
+        line=pl.col("group").replace(lines), source=pl.lit("model"), value=pl.col("composed")
     )
-    dashes = [DASHES[group] for group in lines]
-    return _panels(rows, "tokens with the class of one memory (%)", lines, dashes)
+    return _panels(rows, "tokens with the class of one memory (%)", list(lines.values()))
 
 
 def class_value_chart(agreement: pl.DataFrame) -> Any:
@@ -57,27 +57,26 @@ def class_value_chart(agreement: pl.DataFrame) -> Any:
     Args:
         agreement: of ``values.class_value``. A star marks blocks above the control, q < 0.05.
     """
-    texts = {"model": "model", "control": "random weights"}
-    lines = {s: text for s, text in texts.items() if s in agreement["source"].to_list()}
-    star = pl.col("q_value") < 0.05 if "q_value" in agreement.columns else pl.lit(False)
+    lines, star = {"model": "model"}, pl.lit(False)
+    if "q_value" in agreement.columns:
+        lines = {"model": f"model (★: above, q < {LEVEL})", "control": "random weights"}
+        star = (pl.col("q_value") < LEVEL).fill_null(False)
     rows = agreement.with_columns(
-        line=pl.col("source").replace(lines), value=pl.col("cosine"), star=star.fill_null(False)
+        line=pl.col("source").replace(lines), value=pl.col("cosine"), star=star
     )
-    dashes = [[1, 0], [6, 3]][: len(lines)]
-    return _panels(rows, "mean over classes of max cos(E, v)", lines, dashes)
+    return _panels(rows, "mean over classes of max cos(E, v)", list(lines.values()))
 
 
-def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list) -> Any:
+def _panels(rows: pl.DataFrame, title: str, lines: list[str]) -> Any:
     """A panel a sublayer: ``value`` over ``block`` with its band, a dash for each ``line``."""
     panels = []
     lowest, highest = rows.select(pl.col("low").min(), pl.col("high").max()).row(0)
     for i, (sublayer, name) in enumerate(SUBLAYER_TITLES.items()):
-        color = alt.condition(
-            alt.datum.source == "control",
-            alt.value(CONTROL_COLOR),
-            alt.value(STREAM_COLORS[sublayer]),
+        is_control = pl.col("source") == "control"
+        part = rows.filter(pl.col("sublayer") == sublayer).with_columns(
+            color=pl.when(is_control).then("source").otherwise("sublayer")
         )
-        part = rows.filter(pl.col("sublayer") == sublayer)
+        color = _color({stream: stream for stream in SUBLAYER_TITLES})
         base = alt.Chart(part).encode(x=block_axis(rows), color=color, detail="line:N")
         y_title = title if i == 0 else None
         scale = alt.Scale(domain=[min(0.0, lowest), 1.08 * highest], nice=True)
@@ -85,14 +84,12 @@ def _panels(rows: pl.DataFrame, title: str, lines: dict[str, str], dashes: list)
         dash = alt.StrokeDash(
             "line:N",
             title=None,
-            sort=list(lines.values()),
-            scale=alt.Scale(domain=list(lines.values()), range=dashes),
+            sort=lines,
+            scale=alt.Scale(domain=lines, range=list(DASHES[: len(lines)])),
             legend=alt.Legend(symbolType="stroke", symbolSize=400, symbolStrokeColor="#444444"),
         )
         layers = [
-            base.mark_area(opacity=0.2, strokeWidth=0).encode(
-                y=alt.Y("low:Q", title=y_title), y2="high:Q"
-            ),
+            base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q", title=y_title), y2="high:Q"),
             base.mark_line(strokeWidth=2).encode(y=y, strokeDash=dash),
             base.mark_circle(size=28, opacity=1).encode(y=y),
         ]

@@ -142,7 +142,7 @@ def test_the_command(which, request):
     shown = CliRunner().invoke(cli, ["analyze", "memories", path, "--convention", "both"])
     assert shown.exit_code == 0, shown.output
     assert "(vilas2023)" in shown.output
-    assert "Memory compositionality" in shown.output
+    assert "memory compositionality" in shown.output
     as_json = CliRunner().invoke(cli, ["analyze", "memories", path, "--json"])
     found = json.loads(as_json.stdout)["corrected"]
     expected = agreement(per_image(scan_memories(path)))["agreement"].to_list()
