@@ -37,17 +37,20 @@ def intervention_rates_chart(rates: pl.DataFrame) -> Any:
     for measure, title in MEASURE_TITLES.items():
         rows = rates.filter(pl.col("measure") == measure, pl.col("source") != "difference")
         names = alt.Axis(labelLimit=260, domain=False, ticks=False) if not panels else None
-        scale = alt.Scale(domain=[0, 100])
+        scale = alt.Scale(domain=[-3, 103], nice=False)
+        axis = alt.Axis(values=[0, 25, 50, 75, 100])
         base = alt.Chart(rows).encode(
             y=alt.Y("name:N", title=None, sort=None, axis=names),
             yOffset=alt.YOffset("source:N", sort=list(SHAPES)),
-            color=_color(("unperturbed", "perturbed")),
+            color=_color(tuple(SHAPES), alt.Legend(symbolSize=60)),
         )
-        x = alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5))
+        x = alt.X("value:Q", title=title, scale=scale, axis=axis)
         panels.append(
             alt.layer(
-                base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=title), x2="high:Q"),
                 base.mark_point(size=60, filled=True, opacity=1).encode(x=x, shape=_shape()),
+                base.mark_rule(strokeWidth=2).encode(
+                    x=alt.X("low:Q", title=title, axis=axis), x2="high:Q"
+                ),
             ).properties(width=PANEL_WIDTH, height=alt.Step(16, **{"for": "offset"}))
         )
     return styled(alt.hconcat(*panels, spacing=24))
@@ -70,14 +73,14 @@ def intervention_blocks_chart(blocks: pl.DataFrame) -> Any:
     title = "identifiability r"
     scale = alt.Scale(domain=[0, 1])
     y = alt.Y("mean:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6))
-    base = alt.Chart().encode(x=block_axis(blocks), color=_color(tuple(COLORS)))
+    legend = alt.Legend(symbolType="stroke", symbolSize=500, symbolOpacity=1)
+    base = alt.Chart().encode(x=block_axis(blocks), color=_color(tuple(COLORS), legend))
     panel = alt.layer(
-        base.mark_area(opacity=0.22).encode(
-            y=alt.Y("low:Q", title=title), y2="high:Q", stroke=alt.value(None)
-        ),
-        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash()),
-        base.mark_point(size=28, filled=True, opacity=1)
-        .encode(y=y, shape=_shape())
+        # The legend takes after the first layer.
+        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(legend)),
+        base.mark_area(opacity=0.22).encode(y=alt.Y("low:Q", title=title), y2="high:Q"),
+        base.mark_circle(size=25, opacity=1)
+        .encode(y=y)
         .transform_filter(alt.datum.source != "chance"),
         data=rows,
     ).properties(width=230, height=160)
@@ -93,17 +96,16 @@ def intervention_blocks_chart(blocks: pl.DataFrame) -> Any:
     )
 
 
-def _color(sources: tuple[str, ...]) -> alt.Color:
+def _color(sources: tuple[str, ...], legend: alt.Legend) -> alt.Color:
     scale = alt.Scale(domain=list(sources), range=[COLORS[source] for source in sources])
-    return alt.Color("source:N", title=None, scale=scale)
+    return alt.Color("source:N", title=None, scale=scale, legend=legend)
 
 
-def _dash() -> alt.StrokeDash:
+def _dash(legend: alt.Legend) -> alt.StrokeDash:
     scale = alt.Scale(domain=list(DASHES), range=list(DASHES.values()))
-    legend = alt.Legend(symbolType="stroke", symbolSize=400)
     return alt.StrokeDash("source:N", title=None, scale=scale, legend=legend)
 
 
 def _shape() -> alt.Shape:
     scale = alt.Scale(domain=list(SHAPES), range=list(SHAPES.values()))
-    return alt.Shape("source:N", title=None, scale=scale, legend=None)
+    return alt.Shape("source:N", title=None, scale=scale)

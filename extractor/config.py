@@ -160,7 +160,7 @@ def parse_blocks(text: str) -> tuple[int, ...]:
     """
     blocks: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
+        found = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part, re.ASCII)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             raise UsageError(f"--blocks takes 0-based blocks such as 0-5,8; got {text!r}.")

@@ -58,6 +58,8 @@ def attend_to_kept(query: Tensor, key: Tensor, value: Tensor, *, kept: Tensor) -
     Args:
         kept: bool [N, 1, 1, T], at least one an image.
     """
+    # Where a token overflows, a weight of zero does not hide it.
+    key, value = (part.masked_fill(~kept.mT, 0) for part in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=kept)
 
 

@@ -151,6 +151,16 @@ def test_hidden_tokens_are_as_good_as_removed(variant):
         torch.testing.assert_close(logits[n], expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_hidden_token_that_overflows_stays_hidden():
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, 3, 17, 16, generator=generator) for _ in range(3))
+    kept = torch.nn.functional.pad(some_kept(2), (1, 0), value=True)[:, None, None]
+    expected = attend_to_kept(query, key, value, kept=kept)
+    for bad in (float("nan"), float("inf")):
+        spoilt = (part.masked_fill(~kept.mT, bad) for part in (key, value))
+        assert torch.equal(attend_to_kept(query, *spoilt, kept=kept), expected)
+
+
 def test_no_intervention_materialises_attention():
     # The fused implementation is the only one allowed; a mask or an odd shape could forbid it.
     generator = torch.Generator().manual_seed(2)
@@ -357,7 +367,7 @@ def test_settings_that_do_not_fit_are_named(make_shards):
 def test_blocks_are_numbers_and_ranges():
     assert parse_blocks("3") == (3,)
     assert parse_blocks("0-2, 8,1") == (0, 1, 2, 8)
-    for text in ("", "a", "2-1", "-1", "1-", "1;2", "²"):
+    for text in ("", "a", "2-1", "-1", "1-", "1;2", "²", "0-99999"):
         with pytest.raises(UsageError, match="--blocks takes"):
             parse_blocks(text)
 
