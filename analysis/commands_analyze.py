@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from classlens.analysis.commands_composition import composition
 from classlens.analysis.commands_interventions import interventions
 from classlens.analysis.commands_memories import memories, values
-from classlens.analysis.tables import plain_table
-from classlens.extractor.console import status
+from classlens.analysis.commands_sublayers import sublayers
+from classlens.analysis.tables import (
+    FOLDER,
+    analyse_and_show,
+    context_table,
+    convention_option,
+    json_option,
+    new_table,
+    p_or_q,
+    permutations_option,
+    seed_option,
+    store_argument,
+    with_interval,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import polars as pl
     from rich.table import Table
 
     from classlens.analysis.identifiability import IdentifiabilityResult
-
-FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 
 
 @click.group()
@@ -29,16 +38,20 @@ def analyze() -> None:
     """The paper's analyses of a finished store, as tables or JSON."""
 
 
+analyze.add_command(sublayers)
+analyze.add_command(composition)
+analyze.add_command(memories)
+analyze.add_command(values)
+analyze.add_command(interventions)
+
+
 @analyze.command()
-@click.argument("store", type=FOLDER)
+@store_argument
 @click.option("--control", type=FOLDER, help="Store of the same images with random weights.")
-@click.option("--convention", type=click.Choice(["corrected", "vilas2023", "both"]),
-              default="corrected", show_default=True,
-              help="What the paper means, or what its published code computes.")  # fmt: skip
-@click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
-              help="Shuffles of the class-context test (vilas2023: always 300).")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@convention_option
+@permutations_option("class-context test")
+@seed_option
+@json_option
 def identifiability(
     store: Path,
     control: Path | None,
@@ -57,28 +70,14 @@ def identifiability(
     """
     from classlens.analysis.identifiability import analyze_identifiability
 
-    conventions = ("corrected", "vilas2023") if convention == "both" else (convention,)
-    with status("Analysing"):
-        results = [
-            analyze_identifiability(
-                store,
-                control,
-                convention=name,  # pyright: ignore[reportArgumentType]
-                permutations=permutations,
-                seed=seed,
-            )
-            for name in conventions
-        ]
-    if as_json:
-        click.echo(json.dumps({result.convention: result.to_json() for result in results}))
-        return
-    from rich.console import Console
-
-    console = Console()
-    for result in results:
-        for table in _tables(result):
-            console.print(table)
-            console.print()
+    analyse_and_show(
+        lambda name: analyze_identifiability(
+            store, control, convention=name, permutations=permutations, seed=seed
+        ),
+        _tables,
+        convention,
+        as_json,
+    )
 
 
 def _tables(result: IdentifiabilityResult) -> Iterator[Table]:
@@ -87,13 +86,14 @@ def _tables(result: IdentifiabilityResult) -> Iterator[Table]:
         yield _evolution_table(result, stream)
     yield _change_table(result)
     if not result.context.is_empty():
-        yield _context_table(result)
+        title = "Class-labelled against context tokens, resid"
+        yield context_table(result, result.context, title, "identifiability")
 
 
 def _rate_table(result: IdentifiabilityResult) -> Table:
     bad = f", {result.n_bad:,} not scored" if result.n_bad else ""
     rows = result.rate.join(result.accuracy.drop("n_images"), on="source", maintain_order="left")
-    table = plain_table(
+    table = new_table(
         f"{result.store.name}: {result.n_images:,} images{bad} ({result.convention})",
         f"chance of a token to have rank 0, and of a prediction to be right: "
         f"{100 / result.classes:.3g}%; [ ]: 95% bootstrap interval over images",
@@ -122,14 +122,14 @@ def _evolution_table(result: IdentifiabilityResult, stream: str) -> Table:
     rows = of_stream.filter(pl.col("source") == "model").sort("block", "group")
     columns = ["block", "tokens", "mean", "25% 50% 75%"]
     caption = f"chance 0.5; quartiles over tokens of {result.n_images:,} images"
-    name, column = _test_column(rows) if result.control else ("", "")
+    name, column = p_or_q(rows) if result.control else ("", "")
     if result.control:
         control = of_stream.filter(pl.col("source") == "control")
         control = control.select("block", "group", control_mean="mean")
         rows = rows.join(control, on=["block", "group"], maintain_order="left")
         columns += ["control", name]
         caption += f"; {name}: one-sided Wilcoxon test, model above control"
-    table = plain_table(
+    table = new_table(
         f"Identifiability per block, {stream} ({result.convention})", caption, columns
     )
     for row in rows.iter_rows(named=True):
@@ -145,7 +145,7 @@ def _change_table(result: IdentifiabilityResult) -> Table:
     import polars as pl
 
     sources = result.change_rate["source"].unique(maintain_order=True).to_list()
-    table = plain_table(
+    table = new_table(
         f"Block change rate, resid ({result.convention})",
         f"share of image tokens whose label logit rose; chance 0.5; "
         f"n = {result.n_images:,} images; [ ]: 95% bootstrap interval",
@@ -155,33 +155,6 @@ def _change_table(result: IdentifiabilityResult) -> Table:
         cells = []
         for source in sources:
             row = rows.row(by_predicate=pl.col("source") == source, named=True)
-            cells.append(f"{row['change_rate']:.3f} \\[{row['low']:.3f}, {row['high']:.3f}]")
+            cells.append(with_interval(row, "change_rate", ".3f"))
         table.add_row(str(block), *cells)
     return table
-
-
-def _context_table(result: IdentifiabilityResult) -> Table:
-    name, column = _test_column(result.context)
-    first = result.context.row(0, named=True)
-    how = "within images" if result.convention == "corrected" else "pooled over images"
-    table = plain_table(
-        f"Class-labelled against context tokens, resid ({result.convention})",
-        f"no difference: Δ = 0; {first['n_images']:,} images, {first['n_class']:,} class and "
-        f"{first['n_context']:,} context tokens; {name}: class ahead, {result.permutations:,} "
-        f"shuffles {how}; [ ]: 95% bootstrap interval",
-        ["block", "Δ identifiability", "Δ shuffled", name],
-    )
-    for row in result.context.iter_rows(named=True):
-        delta = f"{row['delta']:+.4f} \\[{row['low']:+.4f}, {row['high']:+.4f}]"
-        table.add_row(str(row["block"]), delta, f"{row['null']:+.4f}", f"{row[column]:.4f}")
-    return table
-
-
-def _test_column(rows: pl.DataFrame) -> tuple[str, str]:
-    """How the test's result is called, and its column: q-values where there are any."""
-    return ("p", "p_value") if rows["q_value"].is_null().all() else ("q", "q_value")
-
-
-analyze.add_command(memories)
-analyze.add_command(values)
-analyze.add_command(interventions)

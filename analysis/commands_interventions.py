@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from classlens.analysis.tables import plain_table
+from classlens.analysis.tables import new_table
 from classlens.extractor.console import status
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def interventions(
 
 
 def _rates_table(result: InterventionsResult) -> Table:
-    table = plain_table(
+    table = new_table(
         f"{result.store.name}, unperturbed and perturbed ({result.convention})",
         f"chance of rank 0 and of a right prediction: {100 / result.classes:.3g}%; "
         "[ ]: 95% bootstrap interval over images; difference: perturbed − unperturbed, paired",
@@ -95,7 +95,7 @@ def _block_tables(result: InterventionsResult) -> Iterator[Table]:
     for (name, group), rows in result.blocks.group_by("name", "group", maintain_order=True):
         tokens = "CLS token" if group == "cls" else "image tokens"
         n_images, n_tokens = rows.select("n_images", "n_tokens").row(0)
-        table = plain_table(
+        table = new_table(
             f"Mean identifiability per block, {tokens}: {name}",
             f"chance 0.5; {n_tokens:,} tokens of {n_images:,} images; [ ]: 95% bootstrap interval",
             ["block", "unperturbed", "perturbed", "difference"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from classlens.analysis.tables import plain_table, with_interval
+from classlens.analysis.tables import new_table, with_interval
 from classlens.extractor.console import status
 from classlens.extractor.errors import UsageError
 from classlens.extractor.schema import SUBLAYERS
@@ -181,7 +181,7 @@ def _agreement_table(result: MemoriesResult, sublayer: str) -> Table:
 
     frame = result.agreement.filter(pl.col("sublayer") == sublayer)
     first = frame.row(0, named=True)
-    shown = plain_table(
+    shown = new_table(
         f"{result.store.name}: key-value agreement, {TITLES[sublayer]} ({result.convention})",
         f"share of tokens in %, mean over {first['n_classes']:,} classes; {first['n_images']:,} "
         f"images of {first['n_tokens']} tokens; random: another class of {result.classes:,}, drawn "
@@ -199,7 +199,7 @@ def _correct_table(result: MemoriesResult) -> Table:
     first = frame.row(0, named=True)
     column = "p_value" if frame["q_value"].is_null().all() else "q_value"
     test = column[0]
-    shown = plain_table(
+    shown = new_table(
         f"Agreement of the CLS token, correct minus wrong images ({result.convention})",
         f"percentage points; no difference: 0; {first['n_correct']:,} correct and "
         f"{first['n_wrong']:,} wrong images; {test}: correct ahead, {result.permutations:,} "
@@ -219,7 +219,7 @@ def _correct_table(result: MemoriesResult) -> Table:
 def _composition_table(result: MemoriesResult) -> Table:
     frame = result.composition
     groups = [group for group in SHORT_GROUPS if group in frame["group"].to_list()]
-    shown = plain_table(
+    shown = new_table(
         f"{result.store.name}: memory compositionality",
         "share of tokens in %, all, CLS and image tokens, whose sublayer's top class is the top "
         f"class of one of their 5 top value vectors; {result.n_images:,} images",
@@ -247,7 +247,7 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
         caption += f"; q: one-sided Wilcoxon test, above the control ({result.control})"
         columns += ["control", "q"]
     name = f"{result.model}, {Path(result.weights).name}"
-    shown = plain_table(f"{name}: class-value agreement, {TITLES[sublayer]}", caption, columns)
+    shown = new_table(f"{name}: class-value agreement, {TITLES[sublayer]}", caption, columns)
     for row in rows:
         cells = [f"{row['cosine']:.3f} \\[{row['low']:.3f}, {row['high']:.3f}]"]
         if control:
@@ -258,7 +258,7 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
 
 def _classes_table(model: str, frame: pl.DataFrame) -> Table:
     first = frame.row(0, named=True)
-    shown = plain_table(
+    shown = new_table(
         f"{model}: classes of value vectors, {TITLES[first['sublayer']]} of block {first['block']}",
         "products E·v, neither normalised",
         ["value vector", "product", "class", "name"],

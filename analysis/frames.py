@@ -15,6 +15,7 @@ import polars as pl
 from classlens.extractor.errors import UsageError
 
 Convention = Literal["corrected", "vilas2023"]
+CONVENTIONS: tuple[Convention, ...] = ("corrected", "vilas2023")
 
 BATCH_ROWS = 2_000_000
 
@@ -22,6 +23,12 @@ BATCH_ROWS = 2_000_000
 def axis(frame: pl.LazyFrame, name: str) -> list:
     """The distinct values of ``block`` or ``stream`` of a frame, ascending; read off one image."""
     return _first_image(frame).select(pl.col(name).unique().sort()).collect().to_series().to_list()
+
+
+def token_kinds(frame: pl.LazyFrame) -> np.ndarray:
+    """The kind of each token of a frame, in order, strings [T]; read off one image."""
+    kinds = _first_image(frame).select("token", pl.col("kind").cast(pl.String))
+    return kinds.unique().sort("token").collect()["kind"].to_numpy()
 
 
 def batches(

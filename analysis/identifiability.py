@@ -13,20 +13,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from classlens.analysis import statistics
+from classlens.analysis.class_context import class_context, with_masks
 from classlens.analysis.evolution import evolution
 from classlens.analysis.frames import Convention, axis, batches
 from classlens.analysis.pairing import PAIRED_AXES, paired_images
+from classlens.analysis.result import StoreResult, require_streams, scored_images
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import UsageError
-from classlens.extractor.schema import UNITS_FILE, read_layout
-
-VILAS2023_PERMUTATIONS = 300
+from classlens.extractor.schema import read_layout
 
 
 def rate(
@@ -140,108 +139,44 @@ def context(
 ) -> pl.DataFrame:
     """Class-labelled against context tokens, per block of the residual stream (paper §4.2).
 
-    Δ = mean identifiability of class-labelled image tokens − that of the others, over the tokens of
-    all images of the frame. ``corrected``: labels shuffled within images, p = (1+#)/(1+n),
-    Benjamini–Hochberg q-values over blocks. ``vilas2023``: 300 shuffles pooled over images,
-    p = #{Δ < Δ_perm}/300, no q-values. One-sided: small p says that class tokens are ahead. Mask
-    fractions are the store's in both; their squashed masks need ``extract --geometry squash``.
+    The mean identifiability of class-labelled image tokens less that of the others; tests, further
+    arguments and columns are those of :func:`classlens.analysis.class_context.class_context`.
 
     Args:
         frame: images with a segmentation mask.
-        class_fraction: a patch is class-labelled when its mask covers at least this share.
-        permutations: of the ``corrected`` test.
-
-    Columns: convention, block, delta, low, high (95% bootstrap interval over images), null (mean Δ
-    over all shuffles: what differences between images alone bring about), p_value, q_value,
-    n_images, n_class, n_context (tokens). No rows where one kind of token is missing.
     """
     patches = _image_tokens(frame, "corrected")
-    is_class = pl.col("mask_fraction") >= class_fraction
-    counts = (
-        patches.filter(pl.col("block") == axis(frame, "block")[0])
-        .group_by("image")
-        .agg(class_tokens=is_class.sum(), tokens=pl.len())
-        .sort("image")
-        .collect(engine="streaming")
+    return class_context(
+        patches,
+        axis(frame, "block"),
+        (
+            (batch["identifiability"], batch["mask_fraction"][:, 0])
+            for batch in batches(patches, ["identifiability", "mask_fraction"])
+        ),
+        convention=convention,
+        class_fraction=class_fraction,
+        permutations=permutations,
+        seed=seed,
     )
-    n_class = int(counts["class_tokens"].sum())
-    n_context = int(counts["tokens"].sum()) - n_class
-    blocks = axis(frame, "block") if n_class and n_context else []
-    columns: dict[str, Any] = dict.fromkeys(
-        ["delta", "low", "high", "null", "p_value", "q_value"], np.empty(0)
-    )
-    if blocks:
-        pooled = convention == "vilas2023"
-        test = statistics.ClassContextTest(
-            counts["class_tokens"].to_numpy(),
-            counts["tokens"].item(0),
-            pooled=pooled,
-            permutations=VILAS2023_PERMUTATIONS if pooled else permutations,
-            seed=seed,
-        )
-        for batch in batches(patches, ["identifiability", "mask_fraction"]):
-            test.add(batch["identifiability"], batch["mask_fraction"][:, 0] >= class_fraction)
-        p_values = test.p_values()
-        columns["delta"], columns["null"] = test.delta(), test.delta_when_shuffled()
-        columns["low"], columns["high"] = test.interval()
-        columns["p_value"] = p_values
-        columns["q_value"] = [None] * len(blocks)
-        if not pooled:
-            columns["q_value"] = statistics.benjamini_hochberg(p_values)
-    return pl.DataFrame(
-        {
-            "convention": pl.Series([convention] * len(blocks), dtype=pl.String),
-            "block": pl.Series(blocks, dtype=pl.Int16),
-            **{name: pl.Series(values, dtype=pl.Float64) for name, values in columns.items()},
-            "n_images": pl.Series([counts.height] * len(blocks), dtype=pl.Int64),
-            "n_class": pl.Series([n_class] * len(blocks), dtype=pl.Int64),
-            "n_context": pl.Series([n_context] * len(blocks), dtype=pl.Int64),
-        }
-    )
-
-
-def with_masks(store: str | Path) -> pl.LazyFrame:
-    """The scanned images of a store that have a segmentation mask; all of them where none has."""
-    units = pl.read_parquet(Path(store) / UNITS_FILE)
-    if units["masks"].all() or not units["masks"].any():
-        return scan(store)
-    images = scan_images(store).select("image", "unit").collect()
-    masked = images.join(units.filter("masks"), on="unit", how="semi")
-    return scan(store, images=masked["image"].to_list())
 
 
 @dataclass(frozen=True)
-class IdentifiabilityResult:
+class IdentifiabilityResult(StoreResult):
     """All analyses of paper §4.1–4.2 on one store.
 
     rate, accuracy, evolution, change_rate, context: frames of the functions of these names, the
     first four with a column ``source`` ("model" or "control") in front; context is the model's and
-    empty without masks. n_images: scored images. n_bad: images that could not be scored.
+    empty without masks.
     """
 
-    store: Path
     control: Path | None
-    convention: Convention
-    seed: int
     permutations: int
     classes: int
-    n_images: int
-    n_bad: int
     rate: pl.DataFrame
     accuracy: pl.DataFrame
     evolution: pl.DataFrame
     change_rate: pl.DataFrame
     context: pl.DataFrame
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready mapping: settings and counts, and each frame as a list of rows."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, pl.DataFrame):
-                return value.to_dicts()
-            return str(value) if isinstance(value, Path) else value
-
-        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def analyze_identifiability(
@@ -266,16 +201,9 @@ def analyze_identifiability(
             control has other images, blocks or tokens.
     """
     store = Path(store)
-    images = scan_images(store).select("image", "key", "status").collect()
-    scored = images.filter(pl.col("status") == "ok")
-    if scored.is_empty():
-        raise UsageError(f"{store} has no scored image yet; run `classlens extract` to its end.")
+    scored, n_bad = scored_images(store)
     layout = read_layout(store)
-    if "resid" not in layout.streams:
-        raise UsageError(
-            f"{store} holds {', '.join(layout.streams)} only, and identifiability is read in the "
-            "residual stream; extract a store with `--streams` that include resid."
-        )
+    require_streams(store, layout, ["resid"], "identifiability is read in the residual stream")
     if layout.tokens_removed:
         raise UsageError(
             f"{store} holds other tokens of each image, because --intervene removed the rest; "
@@ -313,10 +241,10 @@ def analyze_identifiability(
         control=control,
         convention=convention,
         seed=seed,
-        permutations=VILAS2023_PERMUTATIONS if convention == "vilas2023" else permutations,
+        permutations=statistics.permutations_of(convention, permutations),
         classes=layout.classes,
         n_images=scored.height,
-        n_bad=images.height - scored.height,
+        n_bad=n_bad,
         rate=stacked(
             {k: rate(frame, convention=convention, seed=seed) for k, frame in frames.items()}
         ),

@@ -1,36 +1,29 @@
-"""Charts of paper §4 from the frames of :mod:`classlens.analysis.identifiability`, and static SVG.
-
-Blocks are 0-based. Colours are those of Okabe and Ito, one for each stream throughout; controls are
-grey and dashed, chance is dotted.
-"""
+"""Charts of paper §4.1–4.2 from the frames of :mod:`classlens.analysis.identifiability`."""
 
 from __future__ import annotations
-
-import html
-import io
-import re
-from typing import Any
 
 import altair as alt
 import polars as pl
 
-STREAM_COLORS = {"resid": "#0072B2", "mid": "#CC79A7", "attn": "#D55E00", "mlp": "#009E73"}
-STREAM_TITLES = {
-    "resid": "residual stream (resid)",
-    "mid": "after attention (mid)",
-    "attn": "attention output (attn)",
-    "mlp": "MLP output (mlp)",
-}
-GROUP_TITLES = {"cls": "CLS token", "patch": "image tokens"}
-CONTROL_COLOR = "#6B6B6B"
-CHANCE_COLOR = "#222222"
-LEVEL = 0.05
-BAR_WIDTH = 220
-# The converter measures text in Liberation Sans; these have its widths.
-FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
+from classlens.analysis.plot_style import (
+    CHANCE_COLOR,
+    CONTROL_COLOR,
+    DASHES,
+    GROUP_TITLES,
+    LINES,
+    STREAM_COLORS,
+    STREAM_TITLES,
+    block_axis,
+    color_of,
+    difference_chart,
+    faceted,
+    line_dash,
+    significant,
+    styled,
+    with_chance,
+)
 
-LINES = {"model": "model", "control": "control (random weights)", "chance": "chance"}
-DASHES = {"model": [1, 0], "control": [6, 3], "chance": [1.5, 3]}
+BAR_WIDTH = 220
 
 
 def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
@@ -44,7 +37,7 @@ def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
         "rate": ["image tokens with rank 0, mean over images (%)", "tick: chance"],
         "images": ["images with at least one such token (%)"],
     }
-    color = _color({"resid": "model"})
+    color = color_of({"resid": "model"})
     panels = []
     for measure, title in titles.items():
         names = alt.Axis(labelLimit=320) if not panels else None
@@ -82,22 +75,22 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
     streams = evolution["stream"].unique(maintain_order=True).to_list()
     groups = [group for group in GROUP_TITLES if group in evolution["group"].to_list()]
     is_model = pl.col("source") == "model"
-    star = is_model & _significant() if "p_value" in evolution.columns else pl.lit(False)
-    rows = _with_chance(evolution.with_columns(star=star), "mean").select(
-        pl.col("stream").replace(STREAM_TITLES),
-        pl.col("group").replace(GROUP_TITLES),
+    star = is_model & significant() if "p_value" in evolution.columns else pl.lit(False)
+    rows = with_chance(evolution.with_columns(star=star), "mean").select(
+        pl.col("stream").replace(STREAM_TITLES).alias("column"),
+        pl.col("group").replace(GROUP_TITLES).alias("row"),
         pl.when(is_model).then("stream").otherwise("source").alias("color"),
         *("block", "mean", "q25", "q75", "star", "line"),
     )
     scale = alt.Scale(domain=[0, 1.08], nice=False)
     axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
     y = alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
-    base = alt.Chart().encode(x=block_axis(evolution), color=_color({s: s for s in streams}))
+    base = alt.Chart().encode(x=block_axis(evolution), color=color_of({s: s for s in streams}))
     panel = alt.layer(
         base.mark_area(opacity=0.22)
         .encode(y=alt.Y("q25:Q", title="identifiability r"), y2="q75:Q")
         .transform_filter(alt.datum.line == LINES["model"]),
-        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
+        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=line_dash(rows, DASHES)),
         base.mark_circle(size=25, opacity=1)
         .encode(y=y)
         .transform_filter(alt.datum.line != LINES["chance"]),
@@ -107,22 +100,11 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         .transform_filter(alt.datum.star),
         data=rows,
     ).properties(width=262, height=175)
-    titles = {"labelFontSize": 13, "labelColor": "#222", "labelPadding": 6}
     return styled(
-        panel.facet(
-            column=alt.Column(
-                "stream:N",
-                title=None,
-                sort=[STREAM_TITLES[stream] for stream in streams],
-                header=alt.Header(**titles, labelFontWeight=600),
-            ),
-            row=alt.Row(
-                "group:N",
-                title=None,
-                sort=[GROUP_TITLES[group] for group in groups],
-                header=alt.Header(**titles, labelFontWeight=600),
-            ),
-            spacing=14,
+        faceted(
+            panel,
+            columns=[STREAM_TITLES[stream] for stream in streams],
+            rows=[GROUP_TITLES[group] for group in groups],
         )
     )
 
@@ -133,16 +115,16 @@ def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
     Args:
         change_rate: one store's ``IdentifiabilityResult.change_rate``.
     """
-    rows = _with_chance(change_rate, "change_rate")
+    rows = with_chance(change_rate, "change_rate")
     base = alt.Chart(rows.with_columns(color="source")).encode(
-        x=block_axis(change_rate), color=_color({"resid": "model"})
+        x=block_axis(change_rate), color=color_of({"resid": "model"})
     )
     title = "share of image tokens rising"
     y = alt.Y("change_rate:Q", title=title, scale=alt.Scale(domain=[0, 1]))
     return styled(
         alt.layer(
             base.mark_area(opacity=0.25).encode(y=alt.Y("low:Q", title=title), y2="high:Q"),
-            base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
+            base.mark_line(strokeWidth=2).encode(y=y, strokeDash=line_dash(rows, DASHES)),
             base.mark_circle(size=40, opacity=1)
             .encode(y=y)
             .transform_filter(alt.datum.line != LINES["chance"]),
@@ -157,120 +139,17 @@ def context_chart(context: pl.DataFrame) -> alt.LayerChart:
         context: one store's ``IdentifiabilityResult.context``. Filled points: q < 0.05 (p where
             there is no q). Grey ticks: the mean over all shuffles.
     """
-    signs = [f"class ahead, {_test_name(context)} < {LEVEL}", "not significant"]
-    frame = context.with_columns(
-        significance=pl.when(_significant()).then(pl.lit(signs[0])).otherwise(pl.lit(signs[1]))
+    chart = difference_chart(
+        context,
+        title="Δ identifiability r, class − context",
+        ahead="class ahead",
+        color=STREAM_COLORS["resid"],
     )
-    color = STREAM_COLORS["resid"]
-    base = alt.Chart(frame).encode(x=block_axis(context))
-    y = alt.Y("delta:Q", title="Δ identifiability r, class − context")
-    fill = alt.Fill(
-        "significance:N",
-        title=None,
-        scale=alt.Scale(domain=signs, range=[color, "#FFFFFF"]),
-        legend=alt.Legend(symbolStrokeColor=color, symbolSize=70),
-    )
-    zero = alt.Chart(pl.DataFrame({"zero": [0.0]})).mark_rule(color=CHANCE_COLOR)
-    return styled(
-        alt.layer(
-            zero.encode(y="zero:Q"),
-            base.mark_tick(color=CONTROL_COLOR, thickness=2, size=16, orient="horizontal").encode(
-                y="null:Q"
-            ),
-            base.mark_rule(color=color, strokeWidth=2).encode(y="low:Q", y2="high:Q"),
-            base.mark_point(size=70, stroke=color, strokeWidth=2, opacity=1).encode(y=y, fill=fill),
-        ).properties(width=400, height=230)
-    )
-
-
-def to_svg(chart: Any, description: str) -> str:
-    """A static SVG element to set into a page; needs no network and no script.
-
-    Args:
-        description: read out in place of the picture.
-    """
-    buffer = io.StringIO()
-    chart.save(buffer, format="svg")
-    svg = re.sub(r'\s(role|aria-[a-z]+)="[^"]*"', "", buffer.getvalue())
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
-
-
-def _with_chance(frame: pl.DataFrame, measure: str) -> pl.DataFrame:
-    """Rows of a line at 0.5 added as source "chance", and ``line``, the name in the legend."""
-    same = frame.filter(pl.col("source") == "model").select(
-        pl.lit("chance").alias("source"),
-        pl.lit(0.5).alias(measure),
-        *(name for name in ("stream", "group", "block") if name in frame.columns),
-    )
-    rows = pl.concat([frame, same], how="diagonal")
-    return rows.with_columns(line=pl.col("source").replace(LINES))
-
-
-def block_axis(frame: pl.DataFrame) -> alt.X:
-    blocks = sorted(set(frame["block"].to_list()))
-    return alt.X(
-        "block:Q",
-        title="block (0-based)",
-        scale=alt.Scale(domain=[blocks[0] - 0.3, blocks[-1] + 0.3], nice=False),
-        axis=alt.Axis(
-            values=blocks if len(blocks) <= 12 else blocks[::2],
-            tickCount=len(blocks),
-            format="d",
-            grid=False,
-        ),
-    )
-
-
-def _dash(rows: pl.DataFrame) -> alt.StrokeDash:
-    shown = [source for source, line in LINES.items() if line in rows["line"].to_list()]
-    return alt.StrokeDash(
-        "line:N",
-        title=None,
-        scale=alt.Scale(
-            domain=[LINES[source] for source in shown], range=[DASHES[source] for source in shown]
-        ),
-        legend=alt.Legend(symbolType="stroke", symbolSize=400, symbolStrokeColor="#444444"),
-    )
-
-
-def _color(streams: dict[str, str]) -> alt.Color:
-    """Colour by the field ``color``: a stream's value of it, "control" or "chance"."""
-    colors = {value: STREAM_COLORS[stream] for stream, value in streams.items()}
-    colors |= {"control": CONTROL_COLOR, "chance": CHANCE_COLOR}
-    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
-    return alt.Color("color:N", scale=scale, legend=None)
+    return styled(chart.properties(width=400, height=230))
 
 
 def _with_interval_text(rates: pl.DataFrame, measure: str) -> pl.DataFrame:
     numbers = rates.select(measure, f"{measure}_low", f"{measure}_high").iter_rows()
     return rates.with_columns(
         interval=pl.Series([f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in numbers])
-    )
-
-
-def _significant() -> pl.Expr:
-    return pl.coalesce("q_value", "p_value") < LEVEL
-
-
-def _test_name(frame: pl.DataFrame) -> str:
-    return "p" if frame["q_value"].is_null().all() else "q"
-
-
-def styled(chart: Any) -> Any:
-    """A chart in the fonts, greys and sizes that all have."""
-    text = {"labelFontSize": 12, "titleFontSize": 12.5, "labelColor": "#222", "titleColor": "#222"}
-    return (
-        chart.configure(font=FONT, background="transparent")
-        .configure_view(stroke=None)
-        .configure_axis(
-            **text,
-            titleFontWeight="normal",
-            gridColor="#E4E4E4",
-            domainColor="#888",
-            titlePadding=8,
-        )
-        .configure_legend(
-            labelFontSize=12, labelColor="#222", orient="bottom", labelLimit=400, columnPadding=24
-        )
-        .configure_title(fontSize=13, fontWeight=600, anchor="middle", color="#222")
     )

@@ -8,7 +8,7 @@ import altair as alt
 import polars as pl
 
 from classlens.analysis.perturbation import PerturbationResult
-from classlens.analysis.plots import styled
+from classlens.analysis.plot_style import styled
 
 METHOD_COLORS = {
     "class-embedding": "#0072B2",

@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from classlens.analysis.plots import (
+from classlens.analysis.plot_style import (
     CHANCE_COLOR,
     GROUP_TITLES,
     STREAM_COLORS,

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from classlens.analysis.plots import CONTROL_COLOR, LEVEL, _color, block_axis, styled
+from classlens.analysis.plot_style import CONTROL_COLOR, LEVEL, block_axis, color_of, styled
 
 SUBLAYER_TITLES = {"attn": "attention", "mlp": "MLP"}
 GROUP_LINES = {"all": "all tokens", "cls": "CLS token"}
@@ -76,7 +76,7 @@ def _panels(rows: pl.DataFrame, title: str, lines: list[str]) -> Any:
         part = rows.filter(pl.col("sublayer") == sublayer).with_columns(
             color=pl.when(is_control).then("source").otherwise("sublayer")
         )
-        color = _color({stream: stream for stream in SUBLAYER_TITLES})
+        color = color_of({stream: stream for stream in SUBLAYER_TITLES})
         base = alt.Chart(part).encode(x=block_axis(rows), color=color, detail="line:N")
         y_title = title if i == 0 else None
         scale = alt.Scale(domain=[min(0.0, lowest), 1.08 * highest], nice=True)

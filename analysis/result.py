@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import polars as pl
 from classlens.analysis.frames import Convention
 from classlens.analysis.scan import scan_images
 from classlens.extractor.errors import UsageError
+from classlens.extractor.schema import Layout
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,13 @@ def scored_images(store: Path) -> tuple[pl.DataFrame, int]:
     if scored.is_empty():
         raise UsageError(f"{store} has no scored image yet; run `classlens extract` to its end.")
     return scored, images.height - scored.height
+
+
+def require_streams(store: Path, layout: Layout, wanted: Sequence[str], reason: str) -> None:
+    """Raises UsageError, giving the reason, unless the store holds the streams."""
+    lacking = [stream for stream in wanted if stream not in layout.streams]
+    if lacking:
+        raise UsageError(
+            f"{store} holds {', '.join(layout.streams)} only, and {reason}; extract a store with "
+            f"`--streams` that include {' and '.join(lacking)}."
+        )

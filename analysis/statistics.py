@@ -1,4 +1,5 @@
-"""Tests and intervals: Wilcoxon, label permutation, Benjamini–Hochberg, bootstrap over images.
+"""Tests and intervals: Wilcoxon, permutation of token labels and of images, Benjamini–Hochberg,
+bootstrap over images.
 
 Everything random is seeded, and depends on the seed and the order of images alone, not on how the
 images were cut into batches.
@@ -74,6 +75,102 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     drawn = statistic(means)
     return np.nanquantile(drawn, tail, axis=0), np.nanquantile(drawn, 1 - tail, axis=0)
+
+
+def class_averages(
+    values_NK: Array, labels_N: Array, *, resamples: int = 1000, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    """Mean over classes of the mean over each class's images, with its 95% bootstrap interval.
+
+    Images are drawn with replacement; a class of which a resample has none is left out of it.
+
+    Args:
+        values_NK: one row per image, [N, K]; N ≥ 1. labels_N: the class of each.
+
+    Returns:
+        mean, lower and upper end, each [K].
+    """
+    order_N = np.argsort(labels_N, kind="stable")
+    values_NK = np.asarray(values_NK, dtype=np.float64)[order_N]
+    starts_C = np.unique(labels_N[order_N], return_index=True)[1]
+    images = len(order_N)
+
+    def average(times_N: Array) -> Array:
+        sums_CK = np.add.reduceat(times_N[:, None] * values_NK, starts_C)
+        counts_C = np.add.reduceat(times_N, starts_C)
+        drawn_C = counts_C > 0
+        return (sums_CK[drawn_C] / counts_C[drawn_C, None]).mean(0)
+
+    rng = np.random.default_rng(seed)
+    drawn = [
+        average(np.bincount(rng.integers(images, size=images), minlength=images)[order_N])
+        for _ in range(resamples)
+    ]
+    return average(np.ones(images)), *np.quantile(drawn, (0.025, 0.975), axis=0)
+
+
+class Difference(NamedTuple):
+    """Differences of means, their 95% bootstrap intervals, one-sided p-values; each [B]."""
+
+    delta: Array
+    low: Array
+    high: Array
+    p_values: Array
+
+
+def correct_minus_wrong(
+    values_NB: Array,
+    correct_N: Array,
+    *,
+    permutations: int = 1000,
+    convention: Convention = "corrected",
+    seed: int = 0,
+) -> Difference:
+    """Mean over correctly predicted images − mean over wrongly predicted ones, for each block.
+
+    Permutation test: "correct" is shuffled over the images, the same shuffle for all blocks.
+    ``corrected``: p = (1 + #{Δ_perm ≥ Δ}) / (1 + permutations). ``vilas2023``: 300 shuffles,
+    p = #{Δ_perm > Δ} / 300. Small p says that correct images are ahead.
+
+    Args:
+        values_NB: one number an image and block, [N, B], such as whether its CLS token counts.
+        correct_N: whether the model predicts the image's label, [N].
+
+    Raises:
+        ValueError: there is no correct image, or no wrong one.
+    """
+    values_NB = np.asarray(values_NB, dtype=np.float64)
+    correct_N = np.asarray(correct_N, dtype=bool)
+    n_correct = int(correct_N.sum())
+    n_wrong = len(correct_N) - n_correct
+    if not n_correct or not n_wrong:
+        raise ValueError(
+            f"Correct minus wrong needs images of both kinds, found {n_correct} correct and "
+            f"{n_wrong} wrong ones."
+        )
+    sums_B = values_NB.sum(0)
+
+    def difference(correct_N: Array) -> Array:
+        correct_B = correct_N @ values_NB
+        return correct_B / n_correct - (sums_B - correct_B) / n_wrong
+
+    delta_B = difference(correct_N)
+    slack_B = RELATIVE_TIE * np.abs(values_NB).sum(0) / min(n_correct, n_wrong)
+    permutations = permutations_of(convention, permutations)
+    rng = np.random.default_rng(seed)
+    ahead_B, tied_B = np.zeros(values_NB.shape[1]), np.zeros(values_NB.shape[1])
+    for _ in range(permutations):
+        excess_B = difference(rng.permutation(correct_N)) - delta_B
+        ahead_B += excess_B > slack_B
+        tied_B += np.abs(excess_B) <= slack_B
+    if convention == "vilas2023":
+        p_values = ahead_B / permutations
+    else:
+        p_values = (1 + ahead_B + tied_B) / (1 + permutations)
+    low, high = _difference_interval(
+        values_NB * correct_N[:, None], values_NB, correct_N, tokens=1, seed=seed
+    )
+    return Difference(delta_B, low, high, p_values)
 
 
 class ClassContextTest:
@@ -160,18 +257,9 @@ class ClassContextTest:
 
     def interval(self) -> tuple[Array, Array]:
         """95% bootstrap interval of Δ over images, two [B]."""
-        blocks = self._total().shape[1]
-        columns = np.column_stack([self._observed(), self._total(), self.class_tokens])
-
-        def delta(means: Array) -> Array:
-            class_sum, total = means[:, :blocks], means[:, blocks:-1]
-            # A resample may hold no token of one kind: its Δ is NaN.
-            with np.errstate(invalid="ignore", divide="ignore"):
-                return class_sum / means[:, -1:] - (total - class_sum) / (
-                    self.tokens - means[:, -1:]
-                )
-
-        return bootstrap_interval(columns, delta, seed=self._seed)
+        return _difference_interval(
+            self._observed(), self._total(), self.class_tokens, tokens=self.tokens, seed=self._seed
+        )
 
     def _difference(self, class_sum: Array | float, total: Array) -> Array:
         return class_sum / self._class_total - (total - class_sum) / self._context_total
@@ -183,100 +271,21 @@ class ClassContextTest:
         return np.concatenate(self._sums)
 
 
-def class_averages(
-    values_NK: Array, labels_N: Array, *, resamples: int = 1000, seed: int = 0
-) -> tuple[Array, Array, Array]:
-    """Mean over classes of the mean over each class's images, with its 95% bootstrap interval.
-
-    Images are drawn with replacement; a class of which a resample has none is left out of it.
+def _difference_interval(
+    class_sums_NB: Array, sums_NB: Array, class_tokens_N: Array, *, tokens: int, seed: int
+) -> tuple[Array, Array]:
+    """95% bootstrap interval over images of mean(class) − mean(others), two [B].
 
     Args:
-        values_NK: one row per image, [N, K]; N ≥ 1. labels_N: the class of each.
-
-    Returns:
-        mean, lower and upper end, each [K].
+        class_sums_NB: sums over the class tokens of an image. sums_NB: over all of its tokens.
     """
-    order_N = np.argsort(labels_N, kind="stable")
-    values_NK = np.asarray(values_NK, dtype=np.float64)[order_N]
-    starts_C = np.unique(labels_N[order_N], return_index=True)[1]
-    images = len(order_N)
+    blocks = sums_NB.shape[1]
 
-    def average(times_N: Array) -> Array:
-        sums_CK = np.add.reduceat(times_N[:, None] * values_NK, starts_C)
-        counts_C = np.add.reduceat(times_N, starts_C)
-        drawn_C = counts_C > 0
-        return (sums_CK[drawn_C] / counts_C[drawn_C, None]).mean(0)
-
-    rng = np.random.default_rng(seed)
-    drawn = [
-        average(np.bincount(rng.integers(images, size=images), minlength=images)[order_N])
-        for _ in range(resamples)
-    ]
-    return average(np.ones(images)), *np.quantile(drawn, (0.025, 0.975), axis=0)
-
-
-class Difference(NamedTuple):
-    """Differences of means, their 95% bootstrap intervals, one-sided p-values; each [B]."""
-
-    delta: Array
-    low: Array
-    high: Array
-    p_values: Array
-
-
-def correct_minus_wrong(
-    values_NB: Array,
-    correct_N: Array,
-    *,
-    permutations: int = 1000,
-    convention: Convention = "corrected",
-    seed: int = 0,
-) -> Difference:
-    """Mean over correctly predicted images − mean over wrongly predicted ones, for each block.
-
-    Permutation test: "correct" is shuffled over the images, the same shuffle for all blocks.
-    ``corrected``: p = (1 + #{Δ_perm ≥ Δ}) / (1 + permutations). ``vilas2023``: 300 shuffles,
-    p = #{Δ_perm > Δ} / 300. Small p says that correct images are ahead.
-
-    Args:
-        values_NB: one number an image and block, [N, B], such as whether its CLS token counts.
-        correct_N: whether the model predicts the image's label, [N].
-
-    Raises:
-        ValueError: there is no correct image, or no wrong one.
-    """
-    values_NB = np.asarray(values_NB, dtype=np.float64)
-    correct_N = np.asarray(correct_N, dtype=bool)
-    n_correct = int(correct_N.sum())
-    n_wrong = len(correct_N) - n_correct
-    if not n_correct or not n_wrong:
-        raise ValueError(
-            f"Correct minus wrong needs images of both kinds, found {n_correct} correct and "
-            f"{n_wrong} wrong ones."
-        )
-    sums_B = values_NB.sum(0)
-
-    def difference(correct_N: Array) -> Array:
-        correct_B = correct_N @ values_NB
-        return correct_B / n_correct - (sums_B - correct_B) / n_wrong
-
-    delta_B = difference(correct_N)
-    slack_B = RELATIVE_TIE * np.abs(values_NB).sum(0) / min(n_correct, n_wrong)
-    shuffles = permutations_of(convention, permutations)
-    rng = np.random.default_rng(seed)
-    excess_PB = np.array([difference(rng.permutation(correct_N)) for _ in range(shuffles)])
-    excess_PB -= delta_B
-    if convention == "vilas2023":
-        p_values = (excess_PB > slack_B).mean(0)
-    else:
-        p_values = (1 + (excess_PB >= -slack_B).sum(0)) / (1 + shuffles)
-    columns = np.column_stack([values_NB * correct_N[:, None], values_NB, correct_N])
-    blocks = values_NB.shape[1]
-
-    def drawn(means: Array) -> Array:
-        correct, total, share = means[:, :blocks], means[:, blocks:-1], means[:, -1:]
-        # A resample may hold images of one kind only: its difference is NaN.
+    def difference(means: Array) -> Array:
+        class_sum, total, share = means[:, :blocks], means[:, blocks:-1], means[:, -1:]
+        # A resample may hold no token of one kind: its difference is NaN.
         with np.errstate(invalid="ignore", divide="ignore"):
-            return correct / share - (total - correct) / (1 - share)
+            return class_sum / share - (total - class_sum) / (tokens - share)
 
-    return Difference(delta_B, *bootstrap_interval(columns, drawn, seed=seed), p_values)
+    columns = np.column_stack([class_sums_NB, sums_NB, class_tokens_N])
+    return bootstrap_interval(columns, difference, seed=seed)

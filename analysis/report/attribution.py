@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup
 
-from classlens.analysis import plots
 from classlens.analysis.perturbation import PerturbationResult, read_result
+from classlens.analysis.plot_style import to_svg
 from classlens.analysis.plots_attribution import perturbation_chart
 from classlens.analysis.report.pictures import choose_images, heat_uri, photo_uri, read_pixels
 from classlens.analysis.scan import scan_attribution, scan_images
@@ -103,4 +103,4 @@ def perturbation_figure(path: Path) -> PerturbationFigure:
         "Accuracy over the share of image tokens kept, for each method; the areas are in the "
         "legend and their differences in the table below."
     )
-    return PerturbationFigure(result, Markup(plots.to_svg(perturbation_chart(result), description)))
+    return PerturbationFigure(result, Markup(to_svg(perturbation_chart(result), description)))

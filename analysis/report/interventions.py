@@ -10,7 +10,7 @@ import polars as pl
 from markupsafe import Markup
 
 from classlens.analysis.interventions import analyze_interventions
-from classlens.analysis.plots import to_svg
+from classlens.analysis.plot_style import to_svg
 from classlens.analysis.plots_interventions import (
     intervention_blocks_chart,
     intervention_rates_chart,

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from classlens.analysis import plots_memories
 from classlens.analysis.memories import MemoriesResult, analyze_memories
-from classlens.analysis.plots import to_svg
+from classlens.analysis.plot_style import to_svg
 from classlens.extractor.schema import SUBLAYERS, read_layout
 
 

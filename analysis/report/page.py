@@ -18,13 +18,13 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from classlens.analysis import plots
+from classlens.analysis import plot_style, plots
+from classlens.analysis.class_context import with_masks
 from classlens.analysis.identifiability import (
     IdentifiabilityResult,
     analyze_identifiability,
     context,
     rate,
-    with_masks,
 )
 from classlens.analysis.perturbation import NOTE as PERTURBATION_NOTE
 from classlens.analysis.report.attribution import (
@@ -120,7 +120,7 @@ def write_report(
         control=control and Path(control).name,
         interventions=interventions,
         permutations=permutations,
-        level=plots.LEVEL,
+        level=plot_style.LEVEL,
         scale=SCALE,
         style=Markup(_asset("style.css")),
         script=Markup(_asset("script.js")),
@@ -264,7 +264,7 @@ def _beside(table: pl.DataFrame, values: pl.DataFrame) -> pl.DataFrame:
 
 
 def _figure(chart: Any, description: str) -> Markup:
-    return Markup(plots.to_svg(chart, description))
+    return Markup(plot_style.to_svg(chart, description))
 
 
 def _asset(name: str) -> str:

@@ -111,10 +111,14 @@ def write_store(
     bad: dict[int, schema.Status] | None = None,
     uncommitted: tuple[int, ...] = (),
     seed: int = 0,
+    content: dict[str, np.ndarray] | None = None,
 ) -> Store:
-    """Write a store; units in ``uncommitted`` get data but no ledger file."""
+    """Write a store; units in ``uncommitted`` get data but no ledger file.
+
+    content: whole arrays by path that take the place of random ones.
+    """
     bad = bad or {}
-    arrays = random_arrays(layout, images_per_unit, bad, seed)
+    arrays = random_arrays(layout, images_per_unit, bad, seed) | (content or {})
     root = zarr.create_group(path, attributes={"classlens": attributes(layout)})
     for spec in schema.all_arrays(layout):
         shuffle = "shuffle" if spec.dtype == "float16" else "bitshuffle"

@@ -13,7 +13,7 @@ from classlens.analysis.commands_analyze import analyze
 from classlens.analysis.evolution import evolution
 from classlens.analysis.identifiability import analyze_identifiability, change_rate, rate
 from classlens.analysis.interventions import analyze_interventions
-from classlens.analysis.plots import to_svg
+from classlens.analysis.plot_style import to_svg
 from classlens.analysis.plots_interventions import (
     intervention_blocks_chart,
     intervention_rates_chart,

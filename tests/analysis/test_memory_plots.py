@@ -5,7 +5,8 @@ import re
 import polars as pl
 import pytest
 
-from classlens.analysis import plots, plots_memories
+from classlens.analysis import plot_style, plots_memories
+from classlens.analysis.plot_style import to_svg
 
 BLOCKS = range(3)
 
@@ -50,7 +51,7 @@ def words(picture):
 
 
 def joined(chart):
-    picture = plots.to_svg(chart, "what it shows")
+    picture = to_svg(chart, "what it shows")
     assert 'aria-label="what it shows"' in picture
     return picture, " | ".join(words(picture))
 
@@ -59,7 +60,10 @@ def test_agreement_names_panels_lines_and_units():
     picture, text = joined(plots_memories.agreement_chart(agreement()))
     for word in ("attention", "MLP", "image's class", "random class", "(%)", "block (0-based)"):
         assert word in text.replace("&#39;", "'").replace("&apos;", "'")
-    for color in (*(plots.STREAM_COLORS[s] for s in ("attn", "mlp")), plots.CONTROL_COLOR):
+    for color in (
+        *(plot_style.STREAM_COLORS[s] for s in ("attn", "mlp")),
+        plot_style.CONTROL_COLOR,
+    ):
         assert color in picture
 
 

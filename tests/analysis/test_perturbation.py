@@ -6,7 +6,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from classlens.analysis import plots
 from classlens.analysis.commands_perturb import parse_blocks
 from classlens.analysis.perturbation import (
     NOTE,
@@ -15,6 +14,7 @@ from classlens.analysis.perturbation import (
     summarise,
     write_result,
 )
+from classlens.analysis.plot_style import to_svg
 from classlens.analysis.plots_attribution import perturbation_chart
 from classlens.extractor.errors import UsageError
 from classlens.extractor.perturb import SCHEMA
@@ -165,7 +165,7 @@ def test_blocks_are_numbers_and_ranges():
 
 def test_the_chart_names_axes_tests_and_areas():
     result = summarise(answers(), FACTS)
-    svg = plots.to_svg(perturbation_chart(result), "Curves")
+    svg = to_svg(perturbation_chart(result), "Curves")
     for text in ("accuracy (%)", "image tokens kept (%)", "negative test", "positive test"):
         assert text in svg
     for row in result.auc.iter_rows(named=True):

@@ -177,6 +177,89 @@ def test_benjamini_hochberg_by_hand():
     )
 
 
+def make_images(images=7, blocks=3, correct=3, seed=0):
+    """Few different values, so that permutations tie."""
+    rng = np.random.default_rng(seed)
+    is_correct = np.zeros(images, dtype=bool)
+    is_correct[rng.permutation(images)[:correct]] = True
+    return rng.integers(0, 3, (images, blocks)) / 2 + 0.1, is_correct
+
+
+def plain_difference(values, is_correct):
+    return values[is_correct].mean(0) - values[~is_correct].mean(0)
+
+
+def enumerated(values, is_correct):
+    """Shares of all ways to choose the correct images whose Δ is larger, and equal."""
+    images, observed = range(len(values)), plain_difference(values, is_correct)
+    larger, equal, count = np.zeros(values.shape[1]), np.zeros(values.shape[1]), 0
+    for choice in combinations(images, int(is_correct.sum())):
+        excess = plain_difference(values, np.isin(images, choice)) - observed
+        larger += excess > 1e-9
+        equal += abs(excess) <= 1e-9
+        count += 1
+    return larger / count, equal / count
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_correct_minus_wrong_approaches_full_enumeration(seed):
+    values, is_correct = make_images(seed=seed)
+    larger, equal = enumerated(values, is_correct)
+    assert (equal > 1 / 35).any()  # ties other than the observed choice itself
+    test = statistics.correct_minus_wrong(values, is_correct, permutations=20_000, seed=seed)
+    np.testing.assert_allclose(test.delta, plain_difference(values, is_correct), atol=1e-15)
+    # five standard errors of a share of 20,000 draws, and the +1
+    tolerance = 5 * 0.5 / np.sqrt(20_000) + 1e-4
+    np.testing.assert_allclose(test.p_values, larger + equal, atol=tolerance)
+
+
+def test_published_correct_minus_wrong_counts_larger_ones_only_of_300():
+    values, is_correct = make_images(images=8, correct=4, seed=1)
+    larger, equal = enumerated(values, is_correct)
+    draws = [
+        statistics.correct_minus_wrong(values, is_correct, convention="vilas2023", seed=seed)
+        for seed in range(40)
+    ]
+    p_values = np.array([test.p_values for test in draws])
+    assert np.allclose(p_values * 300, np.round(p_values * 300))
+    # five standard errors of the mean of 40 shares of 300 draws
+    tolerance = 5 * 0.5 / np.sqrt(40 * 300)
+    np.testing.assert_allclose(p_values.mean(0), larger, atol=tolerance)
+    assert (equal > tolerance).all()  # so that ties would have been noticed
+
+
+def test_correct_minus_wrong_equals_a_plain_loop_with_the_same_shuffles():
+    values, is_correct = make_images(images=30, correct=11, seed=2)
+    rng, observed = np.random.default_rng(9), plain_difference(values, is_correct)
+    shuffled = [plain_difference(values, rng.permutation(is_correct)) for _ in range(49)]
+    expected = (1 + (np.array(shuffled) >= observed - 1e-9).sum(0)) / 50
+    test = statistics.correct_minus_wrong(values, is_correct, permutations=49, seed=9)
+    np.testing.assert_array_equal(test.p_values, expected)
+    other = statistics.correct_minus_wrong(values, is_correct, permutations=49, seed=8)
+    assert (other.p_values != test.p_values).any()
+    again = statistics.correct_minus_wrong(values, is_correct, permutations=49, seed=9)
+    np.testing.assert_array_equal(again, test)
+
+
+def test_interval_of_correct_minus_wrong_equals_a_plain_loop():
+    values, is_correct = make_images(images=20, correct=8, seed=3)
+    rng, deltas = np.random.default_rng(4), []
+    for _ in range(1000):
+        drawn = rng.integers(20, size=20)
+        deltas.append(plain_difference(values[drawn], is_correct[drawn]))
+    test = statistics.correct_minus_wrong(values, is_correct, permutations=1, seed=4)
+    np.testing.assert_allclose(
+        [test.low, test.high], np.quantile(deltas, [0.025, 0.975], axis=0), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("correct", [0, 7])
+def test_correct_minus_wrong_refuses_one_kind_of_image_alone(correct):
+    values, is_correct = make_images(correct=correct)
+    with pytest.raises(ValueError, match="both kinds"):
+        statistics.correct_minus_wrong(values, is_correct)
+
+
 def plain_class_average(values, labels):
     return np.mean([values[labels == c].mean(0) for c in np.unique(labels)], axis=0)
 
@@ -197,31 +280,3 @@ def test_a_class_of_one_image_weighs_as_much_as_any():
     mean, low, high = statistics.class_averages(values, np.array([4, 2, 2, 2]))
     assert mean == 0.5
     assert low <= 0.5 <= high
-
-
-@pytest.mark.parametrize("convention", ["corrected", "vilas2023"])
-def test_correct_minus_wrong_equals_full_enumeration(convention):
-    """p-values against all 252 ways to call five of ten images correct."""
-    rng = np.random.default_rng(1)
-    correct = np.arange(10) < 5
-    values = (rng.random((10, 3)) < 0.3 + 0.5 * correct[:, None]).astype(float)
-    found = statistics.correct_minus_wrong(
-        values, correct, permutations=4000, convention=convention, seed=2
-    )
-    delta = values[:5].mean(0) - values[5:].mean(0)
-    np.testing.assert_allclose(found.delta, delta)
-    ways = [np.isin(np.arange(10), chosen) for chosen in combinations(range(10), 5)]
-    all_deltas = np.array([values[w].mean(0) - values[~w].mean(0) for w in ways])
-    if convention == "corrected":
-        share, shuffles = (all_deltas >= delta - 1e-9).mean(0), 4000
-    else:
-        share, shuffles = (all_deltas > delta + 1e-9).mean(0), 300
-    error = 5 * np.sqrt(share * (1 - share) / shuffles) + 2 / shuffles
-    assert (np.abs(found.p_values - share) <= error).all()
-    assert (found.low <= delta).all()
-    assert (delta <= found.high).all()
-
-
-def test_correct_minus_wrong_needs_both_kinds():
-    with pytest.raises(ValueError, match="3 correct and 0 wrong"):
-        statistics.correct_minus_wrong(np.ones((3, 1)), np.ones(3, bool))
