@@ -70,8 +70,7 @@ def perturb(store: Path, out: Path, as_json: bool, **options: Any) -> None:
     from classlens.analysis.perturbation import require_suffix, write_result
 
     require_suffix(out)
-    with bar("Perturbing") as progress:
-        answers, result = _run(store, progress=progress, **options)
+    answers, result = _run(store, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_result(out, answers, result)
     if as_json:
@@ -92,7 +91,6 @@ def _run(
     batch_size: int,
     device: str | None,
     seed: int,
-    progress: Any,
 ) -> tuple[pl.DataFrame, PerturbationResult]:
     import torch
 
@@ -121,9 +119,10 @@ def _run(
         seed=seed,
     )
     counts = test.kept_counts(patches, patches if convention == "vilas2023" else steps)
-    answers = test.perturb(
-        prepared, scorer, ranked, chosen, counts, batch_size=batch_size, progress=progress
-    )
+    with bar("Perturbing") as progress:
+        answers = test.perturb(
+            prepared, scorer, ranked, chosen, counts, batch_size=batch_size, progress=progress
+        )
     facts = {
         "store": store.name,
         "model": prepared.config.model,

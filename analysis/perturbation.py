@@ -11,6 +11,7 @@ Shape letters: N images, V curves (method and test), K counts, G patches, R resa
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -59,7 +60,15 @@ class PerturbationResult:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> PerturbationResult:
         """The result saved by :meth:`to_json`."""
-        frames = {name: pl.DataFrame(value[name]) for name in ("curves", "auc", "differences")}
+        numbers = ("share", "accuracy", "auc", "difference", "low", "high")
+        frames = {
+            name: pl.DataFrame(value[name]).with_columns(
+                pl.col(column).cast(pl.Float64).fill_null(float("nan"))
+                for column in numbers
+                if value[name] and column in value[name][0]
+            )
+            for name in ("curves", "auc", "differences")
+        }
         return PerturbationResult(value["facts"], value["n_images"], value["n_patches"], **frames)
 
 
@@ -83,36 +92,28 @@ def summarise(answers: pl.DataFrame, facts: Mapping[str, Any]) -> PerturbationRe
             "The area of vilas2023 adds up the accuracies with every number of patches; perturb "
             "without --steps."
         )
-    methods = answers["method"].unique(maintain_order=True).to_list()
-    tests = answers["test"].unique(maintain_order=True).to_list()
-    ordered = answers.sort("image", "method", "test", "kept")
-    names = (
-        ordered.head(len(methods) * len(tests) * len(kept))
-        .select("method", "test")
-        .unique(maintain_order=True)
+    methods, tests = (
+        answers[name].cast(pl.String).unique(maintain_order=True) for name in ("method", "test")
     )
-    right_NVK = ordered["right"].to_numpy().reshape(images, names.height, len(kept))
-    place = {row: i for i, row in enumerate(names.iter_rows())}
-    order = [place[method, test] for test in tests for method in methods]
-    right_NVK = right_NVK[:, order]
-    names = names[order]
-    pairs = [
-        (test, first, second, tests.index(test) * len(methods))
-        for test in tests
-        for first, second in combinations(methods, 2)
-    ]
-    one = [at + methods.index(first) for _, first, _, at in pairs]
-    other = [at + methods.index(second) for _, _, second, at in pairs]
+    names = [(method, test) for test in tests for method in methods]
+    by_name = answers.sort("image", "kept").partition_by("method", "test", as_dict=True)
+    right_NVK = np.stack(
+        [by_name[name]["right"].to_numpy().reshape(images, len(kept)) for name in names], axis=1
+    )
+    pairs = [(i, j) for i, j in combinations(range(len(names)), 2) if names[i][1] == names[j][1]]
+    one, other = [i for i, _ in pairs], [j for _, j in pairs]
 
     def all_numbers(means_R: np.ndarray) -> np.ndarray:
-        accuracy_RVK = means_R.reshape(-1, names.height, len(kept))
+        accuracy_RVK = means_R.reshape(-1, len(names), len(kept))
         auc_RV = area(accuracy_RVK, kept, convention)
         return np.hstack([means_R, auc_RV, auc_RV[:, one] - auc_RV[:, other]])
 
     flat = right_NVK.reshape(images, -1)
     [value] = all_numbers(flat.mean(axis=0, keepdims=True))
-    low, high = statistics.bootstrap_interval(flat, all_numbers, seed=int(facts["seed"]))
-    cuts = np.cumsum([flat.shape[1], names.height])
+    with warnings.catch_warnings():  # an area is NaN throughout where no prediction is ever right
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = statistics.bootstrap_interval(flat, all_numbers, seed=int(facts["seed"]))
+    cuts = np.cumsum([flat.shape[1], len(names)])
     (points, areas, gaps) = zip(*(np.split(x, cuts) for x in (value, low, high)), strict=True)
     return PerturbationResult(
         facts=dict(facts),
@@ -120,28 +121,27 @@ def summarise(answers: pl.DataFrame, facts: Mapping[str, Any]) -> PerturbationRe
         n_patches=patches,
         curves=pl.DataFrame(
             {
-                "method": np.repeat(names["method"].to_numpy(), len(kept)),
-                "test": np.repeat(names["test"].to_numpy(), len(kept)),
-                "kept": np.tile(kept, names.height),
-                "share": np.tile(kept / patches, names.height),
+                "method": [method for method, _ in names for _ in kept],
+                "test": [test for _, test in names for _ in kept],
+                "kept": np.tile(kept, len(names)),
+                "share": np.tile(kept / patches, len(names)),
                 **_interval("accuracy", points),
             }
         ),
         auc=pl.DataFrame(
             {
-                "method": names["method"].cast(pl.String),
-                "test": names["test"].cast(pl.String),
+                "method": [method for method, _ in names],
+                "test": [test for _, test in names],
                 **_interval("auc", areas),
             }
         ),
         differences=pl.DataFrame(
             {
-                "first": [first for _, first, _, _ in pairs],
-                "second": [second for _, _, second, _ in pairs],
-                "test": [test for test, *_ in pairs],
+                "first": pl.Series([names[i][0] for i in one], dtype=pl.String),
+                "second": pl.Series([names[j][0] for j in other], dtype=pl.String),
+                "test": pl.Series([names[i][1] for i in one], dtype=pl.String),
                 **_interval("difference", gaps),
-            },
-            schema_overrides=dict.fromkeys(("first", "second", "test"), pl.String),
+            }
         ),
     )
 

@@ -30,7 +30,11 @@ def perturbation_chart(result: PerturbationResult) -> alt.HConcatChart:
     """
     tests = [test for test in PANELS if test in result.curves["test"].to_list()]
     panels = [_panel(result, test) for test in tests]
-    return styled(alt.hconcat(*panels, spacing=40).resolve_scale(color="independent"))
+    return styled(
+        alt.hconcat(*panels, spacing=40).resolve_scale(
+            color="independent", strokeDash="independent"
+        )
+    )
 
 
 def _panel(result: PerturbationResult, test: str) -> Any:
@@ -45,6 +49,7 @@ def _panel(result: PerturbationResult, test: str) -> Any:
     )
     legend = alt.Legend(
         title="area under the curve [95% interval]",
+        titleLimit=400,
         symbolType="stroke",
         symbolSize=500,
         symbolStrokeWidth=2.5,
@@ -53,11 +58,8 @@ def _panel(result: PerturbationResult, test: str) -> Any:
         columns=1,
     )
     domain = list(names.values())
-    color = alt.Color(
-        "line:N",
-        scale=alt.Scale(domain=domain, range=[METHOD_COLORS[name] for name in names]),
-        legend=legend,
-    )
+    colors = alt.Scale(domain=domain, range=[METHOD_COLORS[name] for name in names])
+    color = alt.Color("line:N", scale=colors, legend=legend)
     dash = alt.StrokeDash(
         "line:N",
         scale=alt.Scale(domain=domain, range=[METHOD_DASHES[name] for name in names]),
@@ -75,10 +77,12 @@ def _panel(result: PerturbationResult, test: str) -> Any:
         scale=alt.Scale(domain=[0, 100]),
         axis=alt.Axis(tickCount=5),
     )
-    base = alt.Chart(rows).encode(x=x, color=color)
+    base = alt.Chart(rows).encode(x=x)
+    low = alt.Y("low:Q", title="accuracy (%)")
+    fill = alt.Fill("line:N", scale=colors, legend=None)
     return alt.layer(
-        base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title="accuracy (%)"), y2="high:Q"),
-        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=dash),
+        base.mark_area(opacity=0.12).encode(y=low, y2="high:Q", fill=fill),
+        base.mark_line(strokeWidth=2).encode(y=y, color=color, strokeDash=dash),
     ).properties(
         width=380,
         height=250,

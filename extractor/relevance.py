@@ -122,7 +122,8 @@ def chefer_relevance(model: VisionTransformer, images: Tensor, labels: Tensor) -
         label_logit = logits.gather(1, labels[:, None]).sum()
         gradients = torch.autograd.grad(label_logit, maps)
     tokens = maps[0].shape[-1]
-    relevance_NTT = torch.eye(tokens, device=images.device).expand(len(images), -1, -1)
+    identity_TT = torch.eye(tokens, dtype=maps[0].dtype, device=images.device)
+    relevance_NTT = identity_TT.expand(len(images), -1, -1)
     for attention_NHTT, gradient_NHTT in zip(maps, gradients, strict=True):
         cam_NTT = (gradient_NHTT * attention_NHTT.detach()).clamp(min=0).mean(dim=1)
         relevance_NTT = relevance_NTT + cam_NTT @ relevance_NTT
@@ -140,7 +141,8 @@ def rollout_relevance(model: VisionTransformer, images: Tensor) -> Tensor:
     """
     maps, _ = _attention_maps(model, images)
     tokens = maps[0].shape[-1]
-    row_N1T = torch.eye(tokens, device=images.device)[:1].expand(len(images), 1, -1)
+    identity_TT = torch.eye(tokens, dtype=maps[0].dtype, device=images.device)
+    row_N1T = identity_TT[:1].expand(len(images), 1, -1)
     for attention_NHTT in reversed(maps):
         row_N1T = (row_N1T @ attention_NHTT.mean(dim=1) + row_N1T) / 2
     return row_N1T[:, 0, model.num_prefix_tokens :]
