@@ -18,21 +18,23 @@ class ExtractConfig:
     """What to extract, from what, with what.
 
     model: a timm name. model_args: keyword arguments of ``timm.create_model``. weights:
-    ``pretrained``, ``random[:seed]`` or a file. geometry: ``timm`` (the model's own) or ``squash``
-    (the paper's code). dtype: of the forward pass and the projection. streams: see the definitions
-    of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token. reduce:
-    what is kept besides the ranks, see ``REDUCERS``. convention: ``corrected``, or ``vilas2023``,
-    which passes attention and MLP outputs of GAP models through their block's norm first.
-    max_pixels: larger pictures are not decoded.
-    decoder: of JPEGs; part of the content, so that a store never mixes two. decode_threads: None
-    suits the machine, see :attr:`decoding_threads`. certify: prove or mend every rank, see
-    `classlens.kernels.certify`. batch_size: None finds one by trial on a GPU, and is 32 on a CPU.
-    compile: what torch.compile can fuse; None where it pays. cuda_graph: launch a batch as one.
+    ``pretrained``, ``random[:seed]`` or a file. classes: a file of class embeddings that stand in
+    for the model's own, see `classlens.extractor.class_file`. geometry: ``timm`` (the model's own)
+    or ``squash`` (the paper's code). dtype: of the forward pass and the projection. streams: see
+    the definitions of ``resid``, ``mid``, ``attn``, ``mlp``. topk: top classes kept of a token.
+    reduce: what is kept besides the ranks, see ``REDUCERS``. convention: ``corrected``, or
+    ``vilas2023``, which passes attention and MLP outputs of GAP models through their block's norm
+    first. max_pixels: larger pictures are not decoded. decoder: of JPEGs; part of the content, so
+    that a store never mixes two. decode_threads: None suits the machine, see
+    :attr:`decoding_threads`. certify: prove or mend every rank, see `classlens.kernels.certify`.
+    batch_size: None finds one by trial on a GPU, and is 32 on a CPU. compile: what torch.compile
+    can fuse; None where it pays. cuda_graph: launch a batch as one.
     """
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str = "pretrained"
+    classes: str | None = None
     geometry: Literal["timm", "squash"] = "timm"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     streams: tuple[str, ...] = ("resid", "attn", "mlp")
@@ -102,6 +104,10 @@ class ExtractConfig:
         return ExtractConfig(**fields)
 
     def content(self) -> dict[str, Any]:
-        """The fields that decide which numbers are stored; the rest only decide how fast."""
-        speed_only = {"device", "batch_size", "decode_threads", "compile", "cuda_graph", "weights"}
-        return {k: v for k, v in self.to_json().items() if k not in speed_only}
+        """The fields that decide which numbers are stored; the rest only decide how fast.
+
+        Of weights and classes it is the content that decides, and not the place.
+        """
+        speed_only = {"device", "batch_size", "decode_threads", "compile", "cuda_graph"}
+        places = {"weights", "classes"}
+        return {k: v for k, v in self.to_json().items() if k not in speed_only | places}

@@ -16,6 +16,7 @@ from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
+from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.label_margins import margins_pay
 from classlens.kernels.reductions import compiler_found
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 CPU_BATCH, LARGEST_GPU_BATCH = 32, 512
 # Compiling takes a CPU about a minute, which fewer images do not give back.
 COMPILE_FROM_IMAGES = 3000
+# Margins have a matrix of all classes for every image of a batch.
+MOST_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         config.streams,
         config.topk,
         impl=choose_impl(config, prepared.plan.manifest.height),
-        margins=config.on_cpu and config.dtype == "bfloat16" and margins_pay() and not certifier,
+        margins=_takes_margins(config, space),
         certifier=certifier,
     )
     return Scorer(
@@ -105,6 +108,17 @@ def _compiles(config: ExtractConfig, images: int) -> bool:
         config.on_cpu
         and images >= COMPILE_FROM_IMAGES
         and compiler_found(torch.device(config.device))
+    )
+
+
+def _takes_margins(config: ExtractConfig, space: ClassSpace) -> bool:
+    margin_bytes = 2 * (config.batch_size or CPU_BATCH) * space.num_classes * space.width
+    return (
+        config.on_cpu
+        and config.dtype == "bfloat16"
+        and not config.certify
+        and margin_bytes <= MOST_MARGIN_BYTES
+        and margins_pay()
     )
 
 
