@@ -84,14 +84,14 @@ def class_value_cosines(subject: Subject) -> dict[str, np.ndarray]:
     """max_j cos(E_c, v_j) of each block and class by sublayer, float64 [L, C]; 0 for a zero v_j."""
     import torch
 
-    from classlens.extractor.value_vectors import head_embedding, value_vectors
+    from classlens.extractor.value_vectors import value_vectors
 
     tiny = torch.finfo(torch.float64).tiny
 
     def unit(vectors: torch.Tensor, dim: int) -> torch.Tensor:
         return vectors / vectors.norm(dim=dim, keepdim=True).clamp_min(tiny)
 
-    embedding_CD = unit(head_embedding(subject.model), 1)
+    embedding_CD = unit(subject.embedding(), 1)
 
     def largest_C(block: int, sublayer: str) -> np.ndarray:
         values_DF = unit(value_vectors(subject.model, block, sublayer), 0)
@@ -181,9 +181,9 @@ def strongest(subject: Subject, block: int, *, sublayer: str = "mlp", top: int =
 
 def _products(subject: Subject, block: int, sublayer: str) -> np.ndarray:
     """E_c·v_j, float64 [C, F]."""
-    from classlens.extractor.value_vectors import head_embedding, value_vectors
+    from classlens.extractor.value_vectors import value_vectors
 
     if not 0 <= block < subject.blocks:
         raise UsageError(f"There is no block {block}; give 0 to {subject.blocks - 1}.")
-    embedding_CD = head_embedding(subject.model)
+    embedding_CD = subject.embedding()
     return (embedding_CD @ value_vectors(subject.model, block, sublayer)).numpy()

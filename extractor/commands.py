@@ -92,6 +92,10 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
 @click.option("--out", required=True, type=FOLDER, help="The store; an unfinished one is resumed.")
 @click.option("--weights", default="pretrained", show_default=True,
               help="pretrained | random[:SEED] | FILE (safetensors or state dict).")  # fmt: skip
+@click.option("--classes", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Class embeddings in place of the model's own classes: safetensors with "
+              "'embeddings' [classes, width of the head], such as CLIP's of texts; labels count "
+              "its rows.")  # fmt: skip
 @click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE",
               help="Passed to timm.create_model, e.g. img_size=384; repeatable.")  # fmt: skip
 @click.option("--geometry", type=click.Choice(["timm", "squash"]), default="timm",
@@ -154,6 +158,8 @@ def extract(
     \b
     classlens extract 'shards/shard-{000000..000024}.tar' --model vit_base_patch16_224 --out store
     classlens extract shards --model deit3_small_patch16_224 --weights random:0 --out control
+    classlens extract shards --model vit_base_patch16_clip_224.openai --classes texts.safetensors \\
+        --out clip
     """
     from classlens.extractor.prepare import prepare
     from classlens.extractor.run import extract as run_extract
@@ -201,7 +207,7 @@ def info(store: Path, as_json: bool) -> None:
         "blocks": layout.blocks,
         "streams": ", ".join(layout.streams),
         "tokens": ", ".join((*layout.prefix_kinds, f"{_shape(layout.grid)} patches")),
-        "classes": layout.classes,
+        "classes": _classes(layout.classes, attributes.get("class_file")),
         "masks": "yes" if layout.masks else "no",
         "versions": ", ".join(f"{k} {v}" for k, v in attributes["versions"].items()),
     }
@@ -378,6 +384,13 @@ def _report_pack(summary: Any, as_json: bool) -> None:
     ):
         if left_out:
             click.echo(f"{len(left_out)} classes left out ({reason}): {', '.join(left_out)}")
+
+
+def _classes(count: int, file: dict[str, str] | None) -> str:
+    if file is None:
+        return f"{count:,}"
+    source = f" ({file['source']})" if file["source"] else ""
+    return f"{count:,} of {file['name']}{source}"
 
 
 def _shape(sizes: Any) -> str:

@@ -20,24 +20,26 @@ class ExtractConfig:
     """What to extract, from what, with what.
 
     model: a timm name. model_args: keyword arguments of ``timm.create_model``. weights:
-    ``pretrained``, ``random[:seed]`` or a file. geometry: ``timm`` (the model's own) or ``squash``
-    (the paper's code). dtype: of the forward pass and the projection. streams: see the definitions
-    of ``resid``, ``mid``, ``attn``, ``mlp``. topk: number of top classes kept a token. reduce:
-    what is kept besides the ranks, see ``REDUCERS``. per_head: keep the attribution of each head
-    too. convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of GAP
-    models through their block's norm first, and attributes a loss that takes the softmax twice.
-    max_pixels: larger pictures are not decoded.
-    decoder: of JPEGs; part of the content, so that a store never mixes two. decode_threads: None
-    suits the machine, see :attr:`decoding_threads`. certify: prove or mend every rank, see
-    `classlens.kernels.certify`. batch_size: None finds one by trial on a GPU, and is 32 on a CPU.
-    compile: what torch.compile can fuse; None where it pays. cuda_graph: launch a batch as one.
-    intervene: one of ``INTERVENTIONS``. intervene_blocks: blocks of an attention knockout; all when
-    None. class_fraction: for token removal, share of a patch that makes it class-labelled.
+    ``pretrained``, ``random[:seed]`` or a file. classes: a file of class embeddings that stand in
+    for the model's own, see `classlens.extractor.class_file`. geometry: ``timm`` (the model's own)
+    or ``squash`` (the paper's code). dtype: of the forward pass and the projection. streams: see
+    the definitions of ``resid``, ``mid``, ``attn``, ``mlp``. topk: top classes kept of a token.
+    reduce: what is kept besides the ranks, see ``REDUCERS``. per_head: keep the attribution of each
+    head too. convention: ``corrected``, or ``vilas2023``, which passes attention and MLP outputs of
+    GAP models through their block's norm first, and attributes a loss that takes the softmax twice.
+    max_pixels: larger pictures are not decoded. decoder: of JPEGs; part of the content, so that a
+    store never mixes two. decode_threads: None suits the machine, see :attr:`decoding_threads`.
+    certify: prove or mend every rank, see `classlens.kernels.certify`. batch_size: None finds one
+    by trial on a GPU, and is 32 on a CPU. compile: what torch.compile can fuse; None where it pays.
+    cuda_graph: launch a batch as one. intervene: one of ``INTERVENTIONS``. intervene_blocks: blocks
+    of an attention knockout; all when None. class_fraction: for token removal, share of a patch
+    that makes it class-labelled.
     """
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
     weights: str = "pretrained"
+    classes: str | None = None
     geometry: Literal["timm", "squash"] = "timm"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     streams: tuple[str, ...] = ("resid", "attn", "mlp")
@@ -145,9 +147,13 @@ class ExtractConfig:
         return ExtractConfig(**fields)
 
     def content(self) -> dict[str, Any]:
-        """The fields that decide which numbers are stored; the rest only decide how fast."""
-        left_out = {"device", "batch_size", "decode_threads", "compile", "cuda_graph", "weights"}
-        if self.intervene is None:  # as in stores from before there were interventions
+        """The fields that decide which numbers are stored; the rest only decide how fast.
+
+        Of weights and classes it is the content that decides, and not the place.
+        """
+        left_out = {"device", "batch_size", "decode_threads", "compile", "cuda_graph"}
+        left_out |= {"weights", "classes"}
+        if self.intervene is None:
             left_out |= INTERVENTION_FIELDS
         return {k: v for k, v in self.to_json().items() if k not in left_out}
 

@@ -17,7 +17,6 @@ from classlens.extractor.reducers.memories import MemoriesReducer
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
-from classlens.extractor.value_vectors import head_embedding
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
 from classlens.kernels.class_space import ClassSpace
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 CPU_BATCH, LARGEST_GPU_BATCH = 32, 512
 # Compiling takes a CPU about a minute, which fewer images do not give back.
 COMPILE_FROM_IMAGES = 3000
+# Margins have a matrix of all classes for every image of a batch.
+MOST_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         config.streams,
         config.topk,
         impl=impl,
-        margins=config.on_cpu and config.dtype == "bfloat16" and margins_pay() and not certifier,
+        margins=_takes_margins(config, space),
         certifier=certifier,
     )
     reducers: list[Reducer] = [ranks]
@@ -102,10 +103,10 @@ def make_scorer(prepared: Prepared) -> Scorer:
 
 def memories_reducer(prepared: Prepared, space: ClassSpace, impl: Impl) -> MemoriesReducer:
     """Memories of the model, before its weights are cast; the ranks have found the top classes."""
-    config, model = prepared.config, prepared.subject.model
+    config, subject = prepared.config, prepared.subject
     return MemoriesReducer.of(
-        model,
-        head_embedding(model),
+        subject.model,
+        subject.embedding(),
         space,
         streams=config.streams if config.topk else (),
         impl=impl,
@@ -137,6 +138,17 @@ def _compiles(config: ExtractConfig, images: int) -> bool:
         config.on_cpu
         and images >= COMPILE_FROM_IMAGES
         and compiler_found(torch.device(config.device))
+    )
+
+
+def _takes_margins(config: ExtractConfig, space: ClassSpace) -> bool:
+    margin_bytes = 2 * (config.batch_size or CPU_BATCH) * space.num_classes * space.width
+    return (
+        config.on_cpu
+        and config.dtype == "bfloat16"
+        and not config.certify
+        and margin_bytes <= MOST_MARGIN_BYTES
+        and margins_pay()
     )
 
 

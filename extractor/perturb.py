@@ -80,11 +80,14 @@ def by_relevance(relevance_NG: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_kept(model: VisionTransformer, x_NTD: Tensor, kept_Nn: Tensor) -> Tensor:
+def predict_kept(
+    model: VisionTransformer, x_NTD: Tensor, kept_Nn: Tensor, embeddings: Tensor | None = None
+) -> Tensor:
     """The model's top class, [N], where only some patches go through its blocks.
 
     Args:
         x_NTD: `embed` of the images. kept_Nn: patches kept, in any order; prefix tokens stay.
+        embeddings: see `predict`.
     """
     prefix, (images, _, width) = model.num_prefix_tokens, x_NTD.shape
     always = torch.arange(prefix, device=x_NTD.device).expand(images, -1)
@@ -93,7 +96,7 @@ def predict_kept(model: VisionTransformer, x_NTD: Tensor, kept_Nn: Tensor) -> Te
     x = x_NTD.gather(1, tokens_Nt[..., None].expand(-1, -1, width))
     for block in model.blocks:
         x = block(x)
-    return predict(model, x).float().argmax(dim=-1)
+    return predict(model, x, embeddings=embeddings).float().argmax(dim=-1)
 
 
 def perturb(
@@ -136,7 +139,9 @@ def perturb_batch(
     patches = x_NTD.shape[1] - scorer.model.num_prefix_tokens
 
     def right(kept_Nn: Tensor) -> np.ndarray:
-        return (predict_kept(scorer.model, x_NTD, kept_Nn).cpu() == labels).numpy()
+        return (
+            predict_kept(scorer.model, x_NTD, kept_Nn, scorer.embeddings).cpu() == labels
+        ).numpy()
 
     none_NG = torch.arange(patches, device=scorer.device).expand(len(labels), -1)
     ends = {count: right(none_NG[:, :count]) for count in (0, patches)}  # alike for all methods

@@ -77,7 +77,7 @@ def prepare(
 
     Raises:
         ShardError: a shard is missing or damaged. ModelError: the model cannot be used.
-        UsageError: settings do not fit the model or the shards.
+        UsageError: settings do not fit the model or the shards, or a file of classes is unusable.
     """
     plan = make_plan(expand_shards(shards))
     require_masks(config, plan.units)
@@ -142,8 +142,9 @@ def tables(prepared: Prepared) -> Tables:
 
 
 def attributes(prepared: Prepared) -> dict[str, Any]:
-    """What is saved with the store: config, fingerprint, versions, decoder, device."""
+    """What is saved with the store: config, fingerprint, class file, versions, decoder, device."""
     config, geometry = prepared.config, prepared.subject.geometry.to_json()
+    classes = prepared.subject.classes
     packages = ("classlens", "torch", "timm", "triton", "webdataset", "zarr", "numpy", "pillow")
     versions = {name: _version(name) for name in packages} | {"python": platform.python_version()}
     return {
@@ -155,8 +156,12 @@ def attributes(prepared: Prepared) -> dict[str, Any]:
             "classlens": versions["classlens"],
             "images": prepared.plan.fingerprint(),
             "weights_sha256": prepared.subject.weights_sha256,
+            "classes_sha256": classes and classes.sha256,
             "pixels": geometry,
         },
+        "class_file": None
+        if classes is None
+        else {"name": classes.path.name, "source": classes.source},
         "versions": versions,
         "decoder": prepared.decoder,
         "device": _device_name(config.device),
@@ -180,6 +185,11 @@ def _device_name(device: str) -> str:
 def _names(subject: Subject, file: Path | None) -> tuple[str, ...]:
     if file is None:
         return subject.class_names
+    if subject.classes is not None:
+        raise UsageError(
+            "--class-names cannot be given with --classes, whose file names its classes; write the "
+            "names into that file."
+        )
     try:
         names = tuple(file.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:

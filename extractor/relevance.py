@@ -66,7 +66,9 @@ def make_methods(
 
     made: dict[str, Relevance] = {
         "class-embedding": class_embedding,
-        "chefer": lambda pictures: chefer_relevance(model, images(pictures), labels(pictures)),
+        "chefer": lambda pictures: chefer_relevance(
+            model, images(pictures), labels(pictures), scorer.embeddings
+        ),
         "rollout": lambda pictures: rollout_relevance(model, images(pictures)),
         "random": lambda pictures: random_relevance(
             pictures.targets.images, prepared.layout.patches, seed
@@ -108,7 +110,9 @@ def class_embedding_relevance(
     return torch.stack(maps).double().sum(dim=0)
 
 
-def chefer_relevance(model: VisionTransformer, images: Tensor, labels: Tensor) -> Tensor:
+def chefer_relevance(
+    model: VisionTransformer, images: Tensor, labels: Tensor, embeddings: Tensor | None = None
+) -> Tensor:
     """R = I, then block by block R += mean_h(max(∂l_y/∂A · A, 0)) · R; the row of CLS.
 
     One backward pass for all images: no image's logit l_y depends on another's attention. (Chefer,
@@ -116,9 +120,11 @@ def chefer_relevance(model: VisionTransformer, images: Tensor, labels: Tensor) -
 
     Args:
         images: normalised [N, 3, H, W], on the model's device. labels: y, int64 [N].
+        embeddings: see `predict`.
     """
     with torch.enable_grad():
-        maps, logits = _attention_maps(model, images)
+        maps, x = _attention_maps(model, images)
+        logits = predict(model, x, embeddings=embeddings)
         label_logit = logits.gather(1, labels[:, None]).sum()
         gradients = torch.autograd.grad(label_logit, maps)
     tokens = maps[0].shape[-1]
@@ -155,7 +161,7 @@ def random_relevance(images: Tensor, patches: int, seed: int) -> Tensor:
 
 
 def _attention_maps(model: VisionTransformer, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """A of every block, [N, H, T, T], part of the graph where gradients are on; and the logits."""
+    """A of every block, [N, H, T, T], part of the graph where gradients are on; the last output."""
     maps: list[Tensor] = []
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -170,4 +176,4 @@ def _attention_maps(model: VisionTransformer, images: Tensor) -> tuple[list[Tens
     for _, sites in walk(model, images, "corrected", frozenset(), sites_of):
         x = sites["resid"]
     assert x is not None
-    return maps, predict(model, x)
+    return maps, x

@@ -45,6 +45,9 @@ class Scorer:
         channel = (1, 3, 1, 1)
         mean = torch.tensor(subject.geometry.mean, device=device).view(channel)
         std = torch.tensor(subject.geometry.std, device=device).view(channel)
+        self.embeddings = None
+        if subject.classes is not None:
+            self.embeddings = subject.classes.embeddings.to(device, torch.float32)
         self._scale = 1 / (255 * std)
         self._shift = -mean / std
 
@@ -63,7 +66,7 @@ class Scorer:
 
         Returns:
             by array path, on the device, where they may still be under way: every reducer's arrays
-            [N, L, …], and ``images/prediction`` int64 [N], the model's own top class. Values of
+            [N, L, …], and ``images/prediction`` int64 [N], the top class of `predict`. Values of
             tokens that are not among ``targets.kept`` mean nothing.
         """
         targets = targets.to(self.device)
@@ -82,5 +85,6 @@ class Scorer:
                 per_block.setdefault(path, []).append(value)
         assert x is not None
         result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
-        result["images/prediction"] = predict(self.model, x, targets.kept).float().argmax(dim=-1)
+        logits = predict(self.model, x, targets.kept, self.embeddings).float()
+        result["images/prediction"] = logits.argmax(dim=-1)
         return result

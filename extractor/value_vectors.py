@@ -49,12 +49,6 @@ def require_value_vectors(subject: Subject, name: str) -> None:
         )
 
 
-def head_embedding(model: VisionTransformer) -> Tensor:
-    """E, the weight of the head, a copy in float64 [C, D]."""
-    assert isinstance(model.head, nn.Linear)
-    return model.head.weight.detach().to(torch.float64, copy=True)
-
-
 def value_vectors(model: VisionTransformer, block: int, sublayer: str) -> Tensor:
     """The v_j of ``attn`` or ``mlp`` of a block, a copy in float64 [D, F]."""
     name = "attn.proj" if sublayer == "attn" else "mlp.fc2"

@@ -20,6 +20,11 @@ from classlens.kernels.reference import ClassScores, compute_dtype, row_variance
 # 1024 × 1000 float32 logits are 4 MB; on a GPU a chunk must fill the machine.
 ROWS_PER_CHUNK = 1024
 ROWS_PER_CHUNK_CUDA = 8192
+# With many classes fewer rows, for two buffers of logits are held; but not so few that a product
+# does little more than read the weight.
+VALUES_PER_CHUNK = 1 << 21
+VALUES_PER_CHUNK_CUDA = 1 << 28
+LEAST_ROWS = 128
 
 
 def class_scores_torch(
@@ -43,7 +48,7 @@ def class_scores_torch(
     eager = EagerReductions(space.num_classes, dtype, x.device)
     reduce = CompiledReductions() if compile else eager
     statistics = compiled(row_rstd) if compile else row_rstd
-    for images, tokens in _chunks(x):
+    for images, tokens in _chunks(x, rows_per_chunk(space.num_classes, x.device)):
         x_MD = x[images, tokens].flatten(0, 1)
         repeats = tokens.stop - tokens.start
         labels_M1 = labels_N[images].repeat_interleave(repeats)[:, None]
@@ -101,12 +106,20 @@ def row_rstd(
     return torch.rsqrt(var_M1 + eps), torch.isfinite(var_M1[:, 0])
 
 
-def _chunks(x: Float[Tensor, "N T D"]) -> Iterator[tuple[slice, slice]]:
-    """(images, tokens) blocks of about `ROWS_PER_CHUNK` rows: whole images, or parts of one."""
+def rows_per_chunk(num_classes: int, device: torch.device) -> int:
+    """How many rows are projected at a time."""
+    if device.type == "cuda":
+        rows, values = ROWS_PER_CHUNK_CUDA, VALUES_PER_CHUNK_CUDA
+    else:
+        rows, values = ROWS_PER_CHUNK, VALUES_PER_CHUNK
+    return min(rows, max(LEAST_ROWS, values // num_classes))
+
+
+def _chunks(x: Float[Tensor, "N T D"], rows: int) -> Iterator[tuple[slice, slice]]:
+    """(images, tokens) blocks of about ``rows`` rows: whole images, or parts of one."""
     n_images, n_tokens, _ = x.shape
     if not n_images * n_tokens:
         return
-    rows = ROWS_PER_CHUNK_CUDA if x.is_cuda else ROWS_PER_CHUNK
     images_per_chunk = max(1, rows // n_tokens)
     for n in range(0, n_images, images_per_chunk):
         for tokens in token_chunks(n_tokens, rows):

@@ -16,9 +16,9 @@ from jaxtyping import BFloat16, Bool, Float32, Int
 from torch import Tensor
 
 from classlens.kernels.class_scores_torch import (
-    ROWS_PER_CHUNK,
     empty_scores,
     row_rstd,
+    rows_per_chunk,
     store_scores,
     token_chunks,
 )
@@ -108,8 +108,9 @@ def class_scores_margins(
     eager = EagerReductions(space.num_classes, torch.float32, x.device)
     reduce = CompiledReductions() if compile else eager
     statistics = compiled(row_rstd) if compile else row_rstd
+    rows = rows_per_chunk(space.num_classes, x.device)
     for n, label in enumerate(margins.labels_N.tolist()):
-        for tokens in token_chunks(x.shape[1], ROWS_PER_CHUNK):
+        for tokens in token_chunks(x.shape[1], rows):
             x_MD = x[n, tokens]
             wide_MD = x_MD.float()
             rstd_M1, valid_M = statistics(x_MD, space.eps)

@@ -201,11 +201,18 @@ def _facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str,
         "Numerics": f"{config['dtype']} on {attributes['device']}",
         "Axes": f"{layout.blocks} blocks; {', '.join(layout.streams)}; "
         f"{layout.grid[0]}×{layout.grid[1]} image tokens, prefix tokens: {prefix}",
-        "Classes": f"{layout.classes:,}",
+        "Classes": f"{layout.classes:,}" + _of_file(attributes.get("class_file")),
         "Projection of sublayers": config["convention"],
         "Intervention": intervention_text(config),
         "Versions": ", ".join(f"{p} {attributes['versions'][p]}" for p in packages),
     }
+
+
+def _of_file(class_file: dict[str, str] | None) -> str:
+    if class_file is None:
+        return ""
+    source = f" ({class_file['source']})" if class_file["source"] else ""
+    return f" of {class_file['name']}{source}"
 
 
 def _aspect(input_size: Sequence[int], grid: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ from classlens.extractor.run import extract
 from classlens.extractor.schema import SUBLAYERS, Status
 from classlens.extractor.scorer import Scorer
 from classlens.extractor.store import verify
-from classlens.extractor.value_vectors import head_embedding, value_tables
+from classlens.extractor.value_vectors import value_tables
 from classlens.kernels.bounds import logit_error
 from classlens.kernels.class_scores import class_scores
 
@@ -259,7 +259,7 @@ def test_models_without_memories_are_refused_before_the_run(make_shards):
 def test_16_bits_take_the_top_of_their_own_coefficients(dtype):
     """Coefficients of 16 bits tie often; the lower index counts, whatever computes it."""
     subject = load_subject(config("cls"))
-    embedding, space = head_embedding(subject.model), subject.space.to(dtype=torch.float32)
+    embedding, space = subject.embedding(), subject.space.to(dtype=torch.float32)
     labels, images = torch.tensor([3, 4, 5]), torch.arange(3)
     ranks = RanksReducer(space, ("attn", "mlp"), 1)
     reducer = MemoriesReducer.of(

@@ -135,6 +135,18 @@ def test_weights_from_files_equal_the_saved_ones(tmp_path):
             load_subject(config("cls", weights=str(tmp_path / name)))
 
 
+def test_checkpoints_of_the_paper_that_timm_lacks_are_read(tmp_path):
+    made = load_subject(config("cls", weights="random:5"))
+    state = made.model.state_dict()
+    wrapped = {f"model.{name}": tensor for name, tensor in state.items()}
+    heads = {"transformerheads.0.norm.weight": torch.ones(3)}
+    torch.save(wrapped, tmp_path / "cifar.pth")
+    torch.save({"state_dict": state | heads}, tmp_path / "refined.pth")
+    for name in ("cifar.pth", "refined.pth"):
+        loaded = load_subject(config("cls", weights=str(tmp_path / name)))
+        assert loaded.weights_sha256 == made.weights_sha256
+
+
 def test_class_names_of_imagenet_models():
     subject = load_subject(
         ExtractConfig("vit_tiny_patch16_224", {**SMALL, "num_classes": 1000}, "random")

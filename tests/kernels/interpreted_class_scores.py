@@ -96,6 +96,17 @@ def test_random_inputs_stay_in_the_bracket(dtype: torch.dtype, launches: list[in
     assert_in_bracket(actual, x, space64, labels, dtype)
 
 
+@pytest.mark.parametrize("topk", [1, 2])
+def test_more_classes_than_16_bits_count(topk: int) -> None:
+    """The label is the last class, in a ragged tile that comes first."""
+    x, labels = exact_x(1, 3, 6, torch.float16), torch.tensor([69_999])
+    space = exact_space(70_000, 6, torch.float16, bias=True)
+    space.bias_C[-1] = -40.0  # below every other
+    actual = interpreted(x, space, labels, topk, logsumexp=False)
+    assert (actual.rank == 69_999).all()
+    assert_equal_scores(actual, specification(x, space, labels, topk, logsumexp=False))
+
+
 @pytest.mark.parametrize("topk", [0, 3])
 def test_invalid_rows_are_marked(topk: int) -> None:
     space, labels = exact_space(150, 6, torch.float16, bias=True), torch.tensor([1, 149])

@@ -11,6 +11,7 @@ from scoring_cases import (
     spoil_rows,
 )
 
+from classlens.kernels import class_scores_torch
 from classlens.kernels import label_margins as label_margins_module
 from classlens.kernels.class_scores import class_scores
 from classlens.kernels.class_space import ClassSpace
@@ -67,7 +68,7 @@ def test_top_classes_closer_than_bfloat16_are_told_apart(topk: int) -> None:
 
 def test_candidates_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_margins_module, "PAIRS_PER_CHUNK", 7)
-    monkeypatch.setattr(label_margins_module, "ROWS_PER_CHUNK", 5)
+    monkeypatch.setattr(class_scores_torch, "ROWS_PER_CHUNK", 5)
     space = ClassSpace(torch.zeros(30, 6), torch.zeros(30), 1e-6)  # all 30 classes tie
     x, labels = torch.randn(3, 17, 6).bfloat16(), torch.tensor([0, 29, 11])
     actual = class_scores(x, space, labels, topk=4, margins=label_margins(space, labels))

@@ -47,6 +47,17 @@ def test_exact_on_small_integers(topk: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_compiler
+def test_more_classes_than_16_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(EagerReductions, "__call__")
+    x, labels = exact_x(3, 3, 6, torch.float32), exact_labels(70_000)
+    space = exact_space(70_000, 6, torch.float32, bias=True)
+    actual = class_scores(x, space, labels, topk=2, impl="compiled", logsumexp=False)
+    expected = specification(x, space, labels, 2, logsumexp=False)
+    assert (expected.rank > 65_535).any()
+    assert_equal_scores(actual, expected)
+
+
+@needs_compiler
 def test_margins_are_reduced_alike() -> None:
     x, space64, labels = random_case(2, 60, 96, 300, torch.bfloat16)
     space = space64.to(dtype=torch.float32)

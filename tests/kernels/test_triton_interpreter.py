@@ -26,7 +26,7 @@ def test_the_kernel_is_right_under_the_interpreter(pytestconfig: pytest.Config) 
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"^(\d+) passed", done.stdout, re.MULTILINE)
     assert passed is not None, done.stdout
-    assert int(passed[1]) >= 22
+    assert int(passed[1]) >= 24
     assert "skipped" not in done.stdout
 
 
