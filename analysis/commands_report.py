@@ -15,6 +15,7 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.argument("stores", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--control", type=FOLDER, help="Store of the same images with random weights.")
+@click.option("--probe", type=FOLDER, help="Store that `classlens probe` made of the same images.")
 @click.option("--images", default=12, show_default=True, type=click.IntRange(0),
               help="Pictures shown of each store.")  # fmt: skip
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
@@ -24,6 +25,7 @@ def report(
     stores: tuple[Path, ...],
     out: Path,
     control: Path | None,
+    probe: Path | None,
     images: int,
     permutations: int,
     seed: int,
@@ -31,7 +33,8 @@ def report(
     """One self-contained HTML page on STORES, readable offline.
 
     Identifiability rates, their evolution over the blocks, change rates, class against context
-    tokens, and some images with the identifiability of their tokens laid on them.
+    tokens, linear probes beside the class embedding if there are some, and images with the
+    identifiability of their tokens laid on them.
 
     \b
     classlens report store --control control --out report.html
@@ -39,5 +42,13 @@ def report(
     from classlens.analysis.report import write_report
 
     with status("Analysing and drawing"):
-        write_report(stores, out, control, n_images=images, permutations=permutations, seed=seed)
+        write_report(
+            stores,
+            out,
+            control,
+            probe=probe,
+            n_images=images,
+            permutations=permutations,
+            seed=seed,
+        )
     click.echo(out)

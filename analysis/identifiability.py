@@ -21,9 +21,10 @@ import polars as pl
 from classlens.analysis import statistics
 from classlens.analysis.evolution import evolution
 from classlens.analysis.frames import Convention, axis, batches
+from classlens.analysis.pairs import check_pair
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import UsageError
-from classlens.extractor.schema import UNITS_FILE, Layout, read_layout
+from classlens.extractor.schema import UNITS_FILE, read_layout
 
 VILAS2023_PERMUTATIONS = 300
 
@@ -275,7 +276,12 @@ def analyze_identifiability(
     sources = {"model": store}
     if control is not None:
         control = Path(control)
-        _check_control(store, layout, scored, control)
+        fields = ("blocks", "prefix_kinds", "grid", "classes", "streams")
+        remedy = (
+            f"extract {control} from the same shards with the same model and options and "
+            "`--weights random`."
+        )
+        check_pair(store, control, fields, remedy)
         sources["control"] = control
     frames = {name: scan(path) for name, path in sources.items()}
 
@@ -328,24 +334,3 @@ def _image_tokens(frame: pl.LazyFrame, convention: Convention) -> pl.LazyFrame:
     tokens = frame.filter((pl.col("stream") == "resid") & (pl.col("kind") == "patch"))
     # Their code drops token 0 as "the CLS token" in every model.
     return tokens.filter(pl.col("token") != 0) if convention == "vilas2023" else tokens
-
-
-def _check_control(store: Path, layout: Layout, scored: pl.DataFrame, control: Path) -> None:
-    """Raises UsageError unless the control pairs with the store image by image, token by token."""
-    other = read_layout(control)
-    differing = [
-        name
-        for name in ("blocks", "prefix_kinds", "grid", "classes", "streams")
-        if getattr(layout, name) != getattr(other, name)
-    ]
-    remedy = (
-        f"extract {control} from the same shards with the same model and options and "
-        "`--weights random`."
-    )
-    if differing:
-        raise UsageError(f"{control} differs from {store} in {', '.join(differing)}; {remedy}")
-    theirs = scan_images(control).filter(pl.col("status") == "ok").select("image", "key").collect()
-    pairs = scored.join(theirs, on="image", suffix="_control")
-    wrong = pairs.filter(pl.col("key") != pl.col("key_control")).height
-    if wrong or pairs.is_empty():
-        raise UsageError(f"{control} and {store} do not hold the same images; {remedy}")

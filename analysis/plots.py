@@ -1,4 +1,5 @@
-"""Charts of paper §4 from the frames of :mod:`classlens.analysis.identifiability`, and static SVG.
+"""Charts of paper §4 from the frames of :mod:`classlens.analysis.identifiability` and
+:mod:`classlens.analysis.probes`, and static SVG.
 
 Blocks are 0-based. Colours are those of Okabe and Ito, one for each stream throughout; controls are
 grey and dashed, chance is dotted.
@@ -24,13 +25,26 @@ STREAM_TITLES = {
 GROUP_TITLES = {"cls": "CLS token", "patch": "image tokens"}
 CONTROL_COLOR = "#6B6B6B"
 CHANCE_COLOR = "#222222"
+PROBE_COLOR = "#000000"
 LEVEL = 0.05
 BAR_WIDTH = 220
 # The converter measures text in Liberation Sans; these have its widths.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
-LINES = {"model": "model", "control": "control (random weights)", "chance": "chance"}
-DASHES = {"model": [1, 0], "control": [6, 3], "chance": [1.5, 3]}
+LINES = {
+    "model": "model",
+    "control": "control (random weights)",
+    "projection": "class-embedding projection",
+    "probe": "linear probe",
+    "chance": "chance",
+}
+DASHES = {
+    "model": [1, 0],
+    "control": [6, 3],
+    "projection": [1, 0],
+    "probe": [6, 3],
+    "chance": [1.5, 3],
+}
 
 
 def rate_chart(rates: pl.DataFrame) -> alt.HConcatChart:
@@ -80,7 +94,6 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
             the tokens; a star marks blocks above the control (q < 0.05, p where there is no q).
     """
     streams = evolution["stream"].unique(maintain_order=True).to_list()
-    groups = [group for group in GROUP_TITLES if group in evolution["group"].to_list()]
     is_model = pl.col("source") == "model"
     star = is_model & _significant() if "p_value" in evolution.columns else pl.lit(False)
     rows = _with_chance(evolution.with_columns(star=star), "mean").select(
@@ -89,9 +102,7 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         pl.when(is_model).then("stream").otherwise("source").alias("color"),
         *("block", "mean", "q25", "q75", "star", "line"),
     )
-    scale = alt.Scale(domain=[0, 1.08], nice=False)
-    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
-    y = alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
+    y = _identifiability(1.08)
     base = alt.Chart().encode(x=_blocks(evolution), color=_color({s: s for s in streams}))
     panel = alt.layer(
         base.mark_area(opacity=0.22)
@@ -107,24 +118,7 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         .transform_filter(alt.datum.star),
         data=rows,
     ).properties(width=262, height=175)
-    titles = {"labelFontSize": 13, "labelColor": "#222", "labelPadding": 6}
-    return _styled(
-        panel.facet(
-            column=alt.Column(
-                "stream:N",
-                title=None,
-                sort=[STREAM_TITLES[stream] for stream in streams],
-                header=alt.Header(**titles, labelFontWeight=600),
-            ),
-            row=alt.Row(
-                "group:N",
-                title=None,
-                sort=[GROUP_TITLES[group] for group in groups],
-                header=alt.Header(**titles, labelFontWeight=600),
-            ),
-            spacing=14,
-        )
-    )
+    return _faceted(panel, evolution)
 
 
 def change_rate_chart(change_rate: pl.DataFrame) -> alt.LayerChart:
@@ -183,6 +177,36 @@ def context_chart(context: pl.DataFrame) -> alt.LayerChart:
     )
 
 
+def probe_chart(comparison: pl.DataFrame) -> alt.FacetChart:
+    """Mean identifiability over blocks by projection and by probe, each with its interval.
+
+    A row for CLS and image tokens, a column for each stream.
+
+    Args:
+        comparison: the frame of ``probes.compare_probe``.
+    """
+    streams = comparison["stream"].unique(maintain_order=True).to_list()
+    projected = pl.col("source") == "projection"
+    rows = _with_chance(comparison, "mean").select(
+        pl.col("stream").replace(STREAM_TITLES),
+        pl.col("group").replace(GROUP_TITLES),
+        pl.when(projected).then("stream").otherwise("source").alias("color"),
+        *("block", "mean", "low", "high", "line"),
+    )
+    base = alt.Chart().encode(x=_blocks(comparison), color=_color({s: s for s in streams}))
+    y = _identifiability(1)
+    drawn = alt.datum.line != LINES["chance"]
+    panel = alt.layer(
+        base.mark_area(opacity=0.22)
+        .encode(y=alt.Y("low:Q", title="identifiability r"), y2="high:Q", detail="line:N")
+        .transform_filter(drawn),
+        base.mark_line(strokeWidth=2).encode(y=y, strokeDash=_dash(rows)),
+        base.mark_circle(size=25, opacity=1).encode(y=y).transform_filter(drawn),
+        data=rows,
+    ).properties(width=262, height=175)
+    return _faceted(panel, comparison)
+
+
 def to_svg(chart: Any, description: str) -> str:
     """A static SVG element to set into a page; needs no network and no script.
 
@@ -195,9 +219,40 @@ def to_svg(chart: Any, description: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)
 
 
+def _faceted(panel: Any, frame: pl.DataFrame) -> alt.FacetChart:
+    """The panel for each stream (columns) and group (rows) of a frame."""
+    streams = frame["stream"].unique(maintain_order=True).to_list()
+    groups = [group for group in GROUP_TITLES if group in frame["group"].to_list()]
+    titles = {"labelFontSize": 13, "labelColor": "#222", "labelPadding": 6}
+    return _styled(
+        panel.facet(
+            column=alt.Column(
+                "stream:N",
+                title=None,
+                sort=[STREAM_TITLES[stream] for stream in streams],
+                header=alt.Header(**titles, labelFontWeight=600),
+            ),
+            row=alt.Row(
+                "group:N",
+                title=None,
+                sort=[GROUP_TITLES[group] for group in groups],
+                header=alt.Header(**titles, labelFontWeight=600),
+            ),
+            spacing=14,
+        )
+    )
+
+
+def _identifiability(top: float) -> alt.Y:
+    """The axis of mean r, from 0."""
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
+    scale = alt.Scale(domain=[0, top], nice=False)
+    return alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
+
+
 def _with_chance(frame: pl.DataFrame, measure: str) -> pl.DataFrame:
     """Rows of a line at 0.5 added as source "chance", and ``line``, the name in the legend."""
-    same = frame.filter(pl.col("source") == "model").select(
+    same = frame.filter(pl.col("source") == frame["source"][0]).select(
         pl.lit("chance").alias("source"),
         pl.lit(0.5).alias(measure),
         *(name for name in ("stream", "group", "block") if name in frame.columns),
@@ -234,9 +289,9 @@ def _dash(rows: pl.DataFrame) -> alt.StrokeDash:
 
 
 def _color(streams: dict[str, str]) -> alt.Color:
-    """Colour by the field ``color``: a stream's value of it, "control" or "chance"."""
+    """Colour by the field ``color``: a stream's value of it, "control", "probe" or "chance"."""
     colors = {value: STREAM_COLORS[stream] for stream, value in streams.items()}
-    colors |= {"control": CONTROL_COLOR, "chance": CHANCE_COLOR}
+    colors |= {"control": CONTROL_COLOR, "probe": PROBE_COLOR, "chance": CHANCE_COLOR}
     scale = alt.Scale(domain=list(colors), range=list(colors.values()))
     return alt.Color("color:N", scale=scale, legend=None)
 

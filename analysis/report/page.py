@@ -27,6 +27,7 @@ from classlens.analysis.identifiability import (
     with_masks,
 )
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
+from classlens.analysis.report.probes import ProbePart, make_probe_part, stores_probed
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import ShardError, UsageError
 from classlens.extractor.schema import Layout, read_attributes
@@ -39,7 +40,8 @@ class Section:
     aspect: height over width of the pixels that the patches cover. facts: name and value of what
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
-    figures. missing_pictures: why there are no pictures, else empty.
+    figures. missing_pictures: why there are no pictures, else empty. probe: None without a probe
+    store of this model.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Section:
     blocks: list[dict[str, Any]]
     pictures: list[Picture]
     missing_pictures: str
+    probe: ProbePart | None
 
 
 def write_report(
@@ -59,6 +62,7 @@ def write_report(
     out: str | Path,
     control: str | Path | None = None,
     *,
+    probe: str | Path | None = None,
     n_images: int = 12,
     permutations: int = 1000,
     seed: int = 0,
@@ -67,11 +71,12 @@ def write_report(
 
     Args:
         control: a store of the same images with random weights, compared with every store.
+        probe: a store of linear probes, set beside the stores of the same weights.
         n_images: pictures shown of each store, 0 for none.
 
     Raises:
-        StoreError: a path is no store. UsageError: no stores, nothing scored, or the control does
-            not fit.
+        StoreError: a path is no store. UsageError: no stores, nothing scored, or the control or the
+            probe does not fit.
     """
     paths = [Path(store) for store in stores]
     if not paths:
@@ -79,10 +84,14 @@ def write_report(
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
+    probed = [] if probe is None else stores_probed(paths, Path(probe))
     sections = []
     for path, name in zip(paths, names, strict=True):
         result = analyze_identifiability(path, control, permutations=permutations, seed=seed)
-        sections.append(_section(name, result, n_images))
+        probes = (
+            make_probe_part(path, name, Path(probe), seed) if probe and path in probed else None
+        )
+        sections.append(_section(name, result, n_images, probes))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
     template = _environment().from_string(_asset("template.html"))
@@ -107,7 +116,9 @@ def write_report(
     return out
 
 
-def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section:
+def _section(
+    name: str, result: IdentifiabilityResult, n_images: int, probe: ProbePart | None
+) -> Section:
     store = result.store
     attributes = read_attributes(store)
     layout = Layout.from_json(attributes["layout"])
@@ -146,6 +157,7 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
         blocks=_block_rows(result),
         pictures=pictures,
         missing_pictures=missing,
+        probe=probe,
     )
 
 
@@ -175,8 +187,16 @@ def _facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str,
         f"{layout.grid[0]}×{layout.grid[1]} image tokens, prefix tokens: {prefix}",
         "Classes": f"{layout.classes:,}",
         "Projection of sublayers": config["convention"],
+        "Ranks by": _ranks_by(attributes),
         "Versions": ", ".join(f"{p} {attributes['versions'][p]}" for p in packages),
     }
+
+
+def _ranks_by(attributes: dict[str, Any]) -> str:
+    if "probe" not in attributes:
+        return "class embedding"
+    probe = attributes["probe"]
+    return f"linear probes, α = {probe['alpha']:g}, {probe['train_images']:,} training images"
 
 
 def _aspect(input_size: Sequence[int], grid: Sequence[int]) -> float:
