@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": ("classlens.bench.demo.command:demo", "The whole path on data that ships with it."),
     "pack": ("classlens.extractor.commands:pack", "Images and masks -> tar shards."),
     "extract": ("classlens.extractor.commands:extract", "Tar shards -> store of token scores."),
+    "probe": ("classlens.extractor.commands_probe:probe", "Linear probes of every token -> store."),
     "info": ("classlens.extractor.commands:info", "What a store holds and how it was made."),
     "status": ("classlens.extractor.commands:status", "How far an extraction is."),
     "verify": ("classlens.extractor.commands:verify", "Checks every byte of a store."),

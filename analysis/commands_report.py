@@ -20,6 +20,7 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.option("--perturbation", "perturbations", multiple=True,
               type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="File of `classlens perturb`; repeatable.")  # fmt: skip
+@click.option("--probe", type=FOLDER, help="Store that `classlens probe` made of the same images.")
 @click.option("--images", default=12, show_default=True, type=click.IntRange(0),
               help="Pictures shown of each store.")  # fmt: skip
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
@@ -31,6 +32,7 @@ def report(
     control: Path | None,
     perturbed: tuple[Path, ...],
     perturbations: tuple[Path, ...],
+    probe: Path | None,
     images: int,
     permutations: int,
     seed: int,
@@ -39,8 +41,9 @@ def report(
 
     Identifiability rates, their evolution over the blocks, change rates, class against context
     tokens, and some images with the identifiability of their tokens laid on them; memories and
-    attribution, of stores that have them; with --perturbed what interventions on the model do, and
-    with --perturbation the curves of perturbation tests.
+    attribution, of stores that have them; with --perturbed what interventions on the model do, with
+    --perturbation the curves of perturbation tests, with --probe linear probes beside the class
+    embedding.
 
     \b
     classlens report store --control control --out report.html
@@ -54,6 +57,7 @@ def report(
             control,
             perturbed=perturbed,
             perturbations=perturbations,
+            probe=probe,
             n_images=images,
             permutations=permutations,
             seed=seed,

@@ -24,12 +24,25 @@ STREAM_TITLES = {
 GROUP_TITLES = {"cls": "CLS token", "patch": "image tokens"}
 CONTROL_COLOR = "#6B6B6B"
 CHANCE_COLOR = "#222222"
+PROBE_COLOR = "#000000"
 LEVEL = 0.05
 # The converter measures text in Liberation Sans; these have its widths.
 FONT = "Arial, Helvetica, Liberation Sans, sans-serif"
 
-LINES = {"model": "model", "control": "control (random weights)", "chance": "chance"}
-DASHES = {LINES["model"]: [1, 0], LINES["control"]: [6, 3], LINES["chance"]: [1.5, 3]}
+LINES = {
+    "model": "model",
+    "control": "control (random weights)",
+    "projection": "class-embedding projection",
+    "probe": "linear probe",
+    "chance": "chance",
+}
+DASHES = {
+    LINES["model"]: [1, 0],
+    LINES["control"]: [6, 3],
+    LINES["projection"]: [1, 0],
+    LINES["probe"]: [6, 3],
+    LINES["chance"]: [1.5, 3],
+}
 
 
 def to_svg(chart: Any, description: str) -> str:
@@ -46,13 +59,20 @@ def to_svg(chart: Any, description: str) -> str:
 
 def with_chance(frame: pl.DataFrame, measure: str) -> pl.DataFrame:
     """Rows of a line at 0.5 added as source "chance", and ``line``, the name in the legend."""
-    same = frame.filter(pl.col("source") == "model").select(
+    same = frame.filter(pl.col("source") == frame["source"][0]).select(
         pl.lit("chance").alias("source"),
         pl.lit(0.5).alias(measure),
         *(name for name in ("stream", "group", "block") if name in frame.columns),
     )
     rows = pl.concat([frame, same], how="diagonal")
     return rows.with_columns(line=pl.col("source").replace(LINES))
+
+
+def identifiability_axis(top: float) -> alt.Y:
+    """The field ``mean``, an identifiability, on the vertical axis from 0 to ``top``."""
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
+    scale = alt.Scale(domain=[0, top], nice=False)
+    return alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
 
 
 def block_axis(frame: pl.DataFrame) -> alt.X:
@@ -83,9 +103,9 @@ def line_dash(rows: pl.DataFrame, dashes: dict[str, list[float]]) -> alt.StrokeD
 
 
 def color_of(streams: dict[str, str]) -> alt.Color:
-    """Colour by the field ``color``: a stream's value of it, "control" or "chance"."""
+    """Colour by the field ``color``: a stream's value of it, "control", "probe" or "chance"."""
     colors = {value: STREAM_COLORS[stream] for stream, value in streams.items()}
-    colors |= {"control": CONTROL_COLOR, "chance": CHANCE_COLOR}
+    colors |= {"control": CONTROL_COLOR, "probe": PROBE_COLOR, "chance": CHANCE_COLOR}
     scale = alt.Scale(domain=list(colors), range=list(colors.values()))
     return alt.Color("color:N", scale=scale, legend=None)
 

@@ -17,6 +17,7 @@ from classlens.analysis.plot_style import (
     color_of,
     difference_chart,
     faceted,
+    identifiability_axis,
     line_dash,
     significant,
     styled,
@@ -82,9 +83,7 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         pl.when(is_model).then("stream").otherwise("source").alias("color"),
         *("block", "mean", "q25", "q75", "star", "line"),
     )
-    scale = alt.Scale(domain=[0, 1.08], nice=False)
-    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], tickCount=6)
-    y = alt.Y("mean:Q", title="identifiability r", scale=scale, axis=axis)
+    y = identifiability_axis(1.08)
     base = alt.Chart().encode(x=block_axis(evolution), color=color_of({s: s for s in streams}))
     panel = alt.layer(
         base.mark_area(opacity=0.22)

@@ -6,6 +6,7 @@ torch and zarr are imported inside the functions, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,31 +87,50 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
     _report_pack(summary, as_json)
 
 
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of ``extract`` and ``probe`` that say what is read by which model, and how."""
+    options = (
+        click.option("--model", required=True, help="A timm ViT, e.g. vit_base_patch16_224."),
+        click.option("--out", required=True, type=FOLDER,
+                     help="The store; an unfinished one is resumed."),
+        click.option("--weights", default="pretrained", show_default=True,
+                     help="pretrained | random[:SEED] | FILE (safetensors or state dict)."),
+        click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE",
+                     help="Passed to timm.create_model, e.g. img_size=384; repeatable."),
+        click.option("--geometry", type=click.Choice(["timm", "squash"]), default="timm",
+                     show_default=True,
+                     help="timm: the model's own resize and crop. squash: resize without crop, "
+                     "mean = std = 0.5, as the paper's code."),
+        click.option("--streams", default="resid,attn,mlp", show_default=True,
+                     help="Which of resid, mid, attn, mlp to score."),
+        click.option("--topk", default=1, show_default=True,
+                     help="Top classes kept for each token."),
+        click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
+                     help="Of the forward pass  [default: float32 on CPU, float16 on GPU]"),
+        click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]"),
+        click.option("--class-names", type=EXISTING_FILE,
+                     help="One class name a line, in class order."),
+        click.option("--json", "as_json", is_flag=True,
+                     help="Print the summary as JSON on stdout."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("shards", nargs=-1, required=True)
-@click.option("--model", required=True, help="A timm ViT, e.g. vit_base_patch16_224.")
-@click.option("--out", required=True, type=FOLDER, help="The store; an unfinished one is resumed.")
-@click.option("--weights", default="pretrained", show_default=True,
-              help="pretrained | random[:SEED] | FILE (safetensors or state dict).")  # fmt: skip
-@click.option("--classes", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="Class embeddings in place of the model's own classes: safetensors with "
-              "'embeddings' [classes, width of the head], such as CLIP's of texts; labels count "
-              "its rows.")  # fmt: skip
-@click.option("--model-arg", "model_args", multiple=True, metavar="KEY=VALUE",
-              help="Passed to timm.create_model, e.g. img_size=384; repeatable.")  # fmt: skip
-@click.option("--geometry", type=click.Choice(["timm", "squash"]), default="timm",
-              show_default=True,
-              help="timm: the model's own resize and crop. squash: resize without crop, "
-              "mean = std = 0.5, as the paper's code.")  # fmt: skip
+@model_options
 @click.option("--convention", type=click.Choice(["corrected", "vilas2023"]), default="corrected",
               show_default=True,
               help="vilas2023 projects attention and MLP outputs of GAP models through their "
               "block's norm first.")  # fmt: skip
-@click.option("--streams", default="resid,attn,mlp", show_default=True,
-              help="Which of resid, mid, attn, mlp to score.")  # fmt: skip
-@click.option("--topk", default=1, show_default=True, help="Top classes kept for each token.")
 @click.option("--reduce", multiple=True, type=click.Choice(REDUCERS),
               help="What to keep besides the ranks; repeatable.")  # fmt: skip
+@click.option("--classes", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Class embeddings in place of the model's own classes: safetensors with "
+              "'embeddings' [classes, width of the head], such as CLIP's of texts; labels count "
+              "its rows.")  # fmt: skip
 @click.option("--intervene", type=click.Choice(INTERVENTIONS),
               help="Score a changed model: image tokens attend to themselves only, or not to CLS; "
               "or those of context or class are removed (needs masks).")  # fmt: skip
@@ -119,9 +139,6 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
 @click.option("--class-fraction", default=0.5, show_default=True, metavar="F",
               help="drop-…: a patch is class when its mask covers this share.")  # fmt: skip
 @click.option("--per-head", is_flag=True, help="Keep the attribution of each head too.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
-              help="Of the forward pass  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
-@click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @click.option("--batch-size", type=click.IntRange(1),
               help="[default: 32 on a CPU; what a GPU has memory for, up to 512]")  # fmt: skip
 @click.option("--certify", is_flag=True,
@@ -137,9 +154,7 @@ def pack_imagefolder_command(root: Path, out: Path, as_json: bool, **options: An
               help="[default: suits the machine; 1 on a small CPU]")  # fmt: skip
 @click.option("--max-pixels", default=100_000_000, show_default=True,
               help="Larger pictures are not decoded.")  # fmt: skip
-@click.option("--class-names", type=EXISTING_FILE, help="One class name a line, in class order.")
 @click.option("--dry-run", is_flag=True, help="Check the shards and print what would be done.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def extract(
     shards: tuple[str, ...],
     out: Path,
@@ -165,7 +180,7 @@ def extract(
     from classlens.extractor.run import extract as run_extract
     from classlens.extractor.summary import summary_json
 
-    config = _config(**options)
+    config = make_config(**options)
     with spinner("Walking the shards and loading the model"):
         prepared = prepare(config, shards, class_names)
     if dry_run:
@@ -176,7 +191,7 @@ def extract(
     if as_json:
         click.echo(json.dumps(summary_json(summary)))
     else:
-        _print_summary(summary)
+        print_summary(summary)
         _print_faster_dtype(config)
     return 3 if summary.bad_images else None
 
@@ -211,6 +226,9 @@ def info(store: Path, as_json: bool) -> None:
         "masks": "yes" if layout.masks else "no",
         "versions": ", ".join(f"{k} {v}" for k, v in attributes["versions"].items()),
     }
+    if "probe" in attributes:
+        probe = attributes["probe"]
+        rows["scoring"] += f", alpha {probe['alpha']:g}, {probe['train_images']:,} training images"
     for name, value in rows.items():
         click.echo(f"{name:<11} {value}")
     click.echo("arrays")
@@ -236,7 +254,7 @@ def status(store: Path, as_json: bool) -> None:
     for name, count in totals.items():
         click.echo(f"{count:>9,} images {name}")
     if len(done) < layout.units:
-        click.echo("The same `classlens extract` command goes on with the rest.")
+        click.echo("The same command as before goes on with the rest.")
 
 
 @click.command()
@@ -267,14 +285,15 @@ def verify(store: Path, repair: bool, as_json: bool) -> None:
     click.echo(f"{store} is whole.", err=as_json)
 
 
-def _config(
+def make_config(
     streams: str,
     model_args: tuple[str, ...],
-    intervene_blocks: str | None,
     dtype: str | None,
     device: str | None,
+    intervene_blocks: str | None = None,
     **rest: Any,
 ) -> ExtractConfig:
+    """The settings that the options of a command stand for."""
     import torch
 
     from classlens.extractor.config import ExtractConfig, parse_blocks
@@ -327,7 +346,8 @@ def _print_plan(prepared: Prepared, out: Path, as_json: bool) -> None:
     )
 
 
-def _print_summary(summary: Summary) -> None:
+def print_summary(summary: Summary) -> None:
+    """What a run did, in words."""
     good = summary.status.get("ok", 0)
     click.echo(
         f"{summary.store}: {good:,} of {summary.images:,} images scored, "

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from classlens.extractor.captured import CapturedScorer
-from classlens.extractor.engine import make_engine
+from classlens.extractor.engine import Engine, make_engine
 from classlens.extractor.pipeline import Batch, Pipeline
+from classlens.extractor.plan import Unit
 from classlens.extractor.prepare import Prepared, attributes, tables
 from classlens.extractor.reducers.protocol import Targets
 from classlens.extractor.schema import (
@@ -59,14 +60,25 @@ def extract(prepared: Prepared, out: Path, progress: Progress | None = None) -> 
         ShardError: a shard changed since it was planned.
     """
     progress = progress or Silent()
-    config, plan = prepared.config, prepared.plan
     store = Store.open_or_create(out, prepared.layout, tables(prepared), attributes(prepared))
-    engine, transfer = make_engine(prepared), Transfer(config.device)
-    times = StageTimes(config.decoding_threads)
+    engine = make_engine(prepared)
+    progress.started(prepared.plan.manifest.height)
+    return fill(store, prepared, prepared.plan.units, engine, progress)
+
+
+def fill(
+    store: Store, prepared: Prepared, units: Sequence[Unit], engine: Engine, progress: Progress
+) -> Summary:
+    """Scores the images of those of the units that the store does not hold yet.
+
+    Raises:
+        ShardError: a shard changed since it was planned.
+    """
+    transfer = Transfer(prepared.config.device)
+    times = StageTimes(prepared.config.decoding_threads)
     pipeline = Pipeline(
-        store, plan.units, prepared.image_decoder(), transfer, times, batch_size=engine.batch_size
+        store, units, prepared.image_decoder(), transfer, times, batch_size=engine.batch_size
     )
-    progress.started(plan.manifest.height)
     started_s, scored = time.perf_counter(), 0
     with pipeline:
         for batch, results in score_batches(pipeline.batches(), engine.scorer, transfer, times):
@@ -80,7 +92,7 @@ def extract(prepared: Prepared, out: Path, progress: Progress | None = None) -> 
             if batch.ends_unit:
                 pipeline.commit(batch)
     store.finish()
-    return summarise(prepared, out, scored, time.perf_counter() - started_s, times)
+    return summarise(prepared, store.path, scored, time.perf_counter() - started_s, times)
 
 
 def score_batches(

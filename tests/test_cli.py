@@ -60,6 +60,44 @@ def test_extract_query_and_look_after_a_store(make_shards, tmp_path):
     assert json.loads(out)[0]["n"] == 8 * 2 * 16
 
 
+def test_probes_make_a_store_that_every_command_reads(make_shards, tmp_path):
+    train, test = make_shards((20, 6))
+    store, probes, page = tmp_path / "store", tmp_path / "probes", tmp_path / "report.html"
+    command = ["probe", train, "--test", test, *MODEL, "--out", probes]
+    code, out, _ = run(*command, "--memory", "0.001", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, plan["train_images"], plan["test_images"], plan["probes"]) == (0, 20, 6, 102)
+    assert plan["train_passes"] == plan["test_passes"] > 1
+    assert plan["bytes"] <= plan["memory_bytes"] == 1_000_000
+    assert not probes.exists()
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "1 x 20 training and 1 x 6 test images to pass" in out
+    assert "10 classes have fewer than 10 training images, 0 of them none" in out
+    assert "6 of 6 images scored" in out
+    code, out, _ = run(*command, "--json")
+    assert json.loads(out)["store"]["units_committed"] == 1
+
+    assert run("verify", probes)[0] == 0
+    assert "ridge probes, alpha 1, 20 training images" in run("info", probes)[1]
+    sql = "SELECT COUNT(*) AS n FROM scores WHERE kind = 'patch' AND stream = 'resid'"
+    assert json.loads(run("query", probes, sql, "--format", "json")[1])[0]["n"] == 6 * 2 * 16
+    code, out, _ = run("analyze", "identifiability", probes, "--permutations", "5", "--json")
+    assert json.loads(out)["corrected"]["n_images"] == 6
+    assert run("extract", test, *MODEL, "--out", store)[0] == 0
+    options = ["--images", "1", "--permutations", "5", "--out", page]
+    assert run("report", store, probes, "--probe", probes, *options)[0] == 0
+    assert page.read_text().count("<h3>Linear probes beside the class embedding</h3>") == 1
+
+    code, _, error = run(*command, "--alpha", "2")
+    assert code == 5
+    assert "probe" in error
+    code, _, error = run("probe", test, "--test", test, *MODEL, "--out", tmp_path / "other")
+    assert code == 2
+    assert "the first is image0020" in error
+    assert run(*command, "--memory", "0.000001")[0] == 2
+
+
 def test_exit_codes(make_shards, tmp_path):
     def spoil(samples: list[Sample]) -> None:
         samples[1].members["jpg"] = b"no picture"

@@ -35,6 +35,7 @@ from classlens.analysis.report.attribution import (
 from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
+from classlens.analysis.report.probes import ProbePart, make_probe_part, stores_probed
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.config import intervention_text
 from classlens.extractor.errors import ShardError, UsageError
@@ -49,7 +50,8 @@ class Section:
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
     figures. relevance: attribution laid on pictures, of a store that has it. missing_pictures: why
-    there are no pictures, else empty. memories: None where the store holds none.
+    there are no pictures, else empty. memories: None where the store holds none. probe: None where
+    there is no probe store of this model.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Section:
     relevance: list[RelevancePicture]
     missing_pictures: str
     memories: MemorySection | None
+    probe: ProbePart | None
 
 
 def write_report(
@@ -73,6 +76,7 @@ def write_report(
     *,
     perturbed: Sequence[str | Path] = (),
     perturbations: Sequence[Path] = (),
+    probe: str | Path | None = None,
     n_images: int = 12,
     permutations: int = 1000,
     seed: int = 0,
@@ -84,11 +88,12 @@ def write_report(
         perturbed: stores of the same images and model extracted with ``--intervene``; then there is
             one store.
         perturbations: files of `classlens perturb`.
+        probe: a store of linear probes, set beside the stores of the same weights.
         n_images: pictures shown of each store, 0 for none.
 
     Raises:
-        StoreError: a path is no store. UsageError: no stores, nothing scored, the control or a
-            perturbed store does not fit, or a file is no result of `classlens perturb`.
+        StoreError: a path is no store. UsageError: no stores, nothing scored, the control, the
+            probe or a perturbed store does not fit, or a file is no result of `classlens perturb`.
     """
     paths = [Path(store) for store in stores]
     if not paths:
@@ -101,10 +106,14 @@ def write_report(
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
+    probed = [] if probe is None else stores_probed(paths, Path(probe))
     sections = []
     for path, name in zip(paths, names, strict=True):
         result = analyze_identifiability(path, control, permutations=permutations, seed=seed)
-        sections.append(_section(name, result, n_images))
+        probes = (
+            make_probe_part(path, name, Path(probe), seed) if probe and path in probed else None
+        )
+        sections.append(_section(name, result, n_images, probes))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
     template = _environment().get_template("template.html")
@@ -132,7 +141,9 @@ def write_report(
     return out
 
 
-def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section:
+def _section(
+    name: str, result: IdentifiabilityResult, n_images: int, probe: ProbePart | None
+) -> Section:
     store = result.store
     attributes = read_attributes(store)
     layout = Layout.from_json(attributes["layout"])
@@ -174,6 +185,7 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
         relevance=relevance,
         missing_pictures=missing,
         memories=memory_section(store, name, permutations=result.permutations, seed=result.seed),
+        probe=probe,
     )
 
 
@@ -204,6 +216,7 @@ def _facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str,
         "Classes": f"{layout.classes:,}" + _of_file(attributes.get("class_file")),
         "Projection of sublayers": config["convention"],
         "Intervention": intervention_text(config),
+        "Ranks by": _ranks_by(attributes),
         "Versions": ", ".join(f"{p} {attributes['versions'][p]}" for p in packages),
     }
 
@@ -213,6 +226,13 @@ def _of_file(class_file: dict[str, str] | None) -> str:
         return ""
     source = f" ({class_file['source']})" if class_file["source"] else ""
     return f" of {class_file['name']}{source}"
+
+
+def _ranks_by(attributes: dict[str, Any]) -> str:
+    if "probe" not in attributes:
+        return "class embedding"
+    probe = attributes["probe"]
+    return f"linear probes, α = {probe['alpha']:g}, {probe['train_images']:,} training images"
 
 
 def _aspect(input_size: Sequence[int], grid: Sequence[int]) -> float:

@@ -14,6 +14,7 @@ from classlens.extractor.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from classlens.bench.demo.numbers_data import Split
     from classlens.extractor.config import ExtractConfig
 
 IMAGES_PER_CLASS = 5
@@ -86,8 +87,14 @@ def demo_config(weights: str) -> ExtractConfig:
     )
 
 
-def draw_shards(out: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Writes the test images as tar shards with masks, five a class, the same bytes every time.
+def draw_shards(
+    out: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    split: Split = "test",
+    per_class: int = IMAGES_PER_CLASS,
+) -> None:
+    """Writes images of a split as tar shards with masks, the same bytes every time.
 
     Raises:
         UsageError: the folder cannot be written.
@@ -95,8 +102,9 @@ def draw_shards(out: Path, progress: Callable[[int, int], None] | None = None) -
     from classlens.bench.demo.numbers_data import CLASS_NAMES
     from classlens.extractor.pack import write_shards
 
-    total = len(CLASS_NAMES) * IMAGES_PER_CLASS
-    samples = (_sample(i % len(CLASS_NAMES), i // len(CLASS_NAMES)) for i in range(total))
+    classes = len(CLASS_NAMES)
+    total = classes * per_class
+    samples = (_sample(split, i % classes, i // classes) for i in range(total))
     draft = out.with_name(f".{out.name}-unfinished")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -152,17 +160,17 @@ def print_evolution(scores: dict) -> None:
     Console().print(table)
 
 
-def _sample(label: int, seed: int) -> dict[str, str | bytes]:
+def _sample(split: Split, label: int, seed: int) -> dict[str, str | bytes]:
     import numpy as np
 
     from classlens.bench.demo.numbers_data import draw
 
-    pixels, mask = draw("test", label, seed)
+    pixels, mask = draw(split, label, seed)
     mask_id = label + 1
     ids = np.zeros((*mask.shape, 3), np.uint8)
     ids[mask, 0] = mask_id
     return {
-        "__key__": f"number{label:02d}-{seed}",
+        "__key__": f"{split}-number{label:02d}-{seed}",
         "jpg": _encoded(pixels, "JPEG", quality=JPEG_QUALITY),
         "cls": str(label).encode(),
         "json": json.dumps({"mask_id": mask_id}).encode(),
