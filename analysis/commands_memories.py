@@ -147,7 +147,8 @@ def values(
     if chart is not None:
         from classlens.analysis.plots_memories import class_value_chart
 
-        class_value_chart(result.agreement).save(str(chart), scale_factor=2)
+        drawn = class_value_chart(result.agreement).properties(background="white")
+        drawn.save(str(chart), scale_factor=2)
     if as_json:
         click.echo(json.dumps(result.to_json()))
         return

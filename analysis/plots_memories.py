@@ -59,7 +59,7 @@ def class_value_chart(agreement: pl.DataFrame) -> Any:
     """
     lines, star = {"model": "model"}, pl.lit(False)
     if "q_value" in agreement.columns:
-        lines = {"model": f"model (★: above, q < {LEVEL})", "control": "random weights"}
+        lines = {"model": f"model (starred: q < {LEVEL})", "control": "random weights"}
         star = (pl.col("q_value") < LEVEL).fill_null(False)
     rows = agreement.with_columns(
         line=pl.col("source").replace(lines), value=pl.col("cosine"), star=star

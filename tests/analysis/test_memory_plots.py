@@ -77,7 +77,8 @@ def test_composition_has_a_line_for_each_group(groups):
 def test_cosines_are_starred_where_above_the_control():
     picture, text = joined(plots_memories.class_value_chart(cosines(("model", "control"))))
     assert "random weights" in text
-    assert picture.count("★") == 2 + 1  # one block of each sublayer, and the legend
+    assert picture.count("★") == 2  # one block of each sublayer
+    assert "starred: q &lt; 0.05" in text
     picture, text = joined(plots_memories.class_value_chart(cosines(("model",))))
     assert "random weights" not in text
     assert "★" not in picture
