@@ -21,6 +21,8 @@ COMMANDS = {
     "export": ("classlens.analysis.commands_query:export", "A store -> one long Parquet file."),
     "analyze": ("classlens.analysis.commands_analyze:analyze", "The paper's analyses, as tables."),
     "report": ("classlens.analysis.commands_report:report", "Stores -> one HTML page of figures."),
+    "study": ("classlens.analysis.commands_study:study", "Many runs, beside published numbers."),
+    "reproduce": ("classlens.bench.reproduce:reproduce", "The paper's study, on your data."),
     "bench": ("classlens.bench.commands:bench", "Throughput and exactness here."),
 }
 
