@@ -26,6 +26,8 @@ COMMANDS = {
         "The test of what is relevant: keep some patches.",
     ),
     "report": ("classlens.analysis.commands_report:report", "Stores -> one HTML page of figures."),
+    "study": ("classlens.analysis.commands_study:study", "Many runs, beside published numbers."),
+    "reproduce": ("classlens.bench.reproduce:reproduce", "The paper's study, on your data."),
     "bench": ("classlens.bench.commands:bench", "Throughput and exactness here."),
 }
 

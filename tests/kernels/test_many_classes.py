@@ -56,8 +56,10 @@ def test_certified_ranks_are_exact() -> None:
     assert torch.equal(actual.rank, judged_ranks(x, exact, labels))
 
 
-# ImageNet's 1000 classes fill the cache with 1024 rows; beyond, the buffers stop growing until a
-# product of so few rows would only read the weight.
-@pytest.mark.parametrize(("classes", "rows"), [(1, 1024), (1000, 1024), (8192, 256), (WIDE, 128)])
-def test_many_classes_take_fewer_rows_at_a_time(classes: int, rows: int) -> None:
+# Up to 32,768 classes a chunk has all its rows; beyond, its buffers stop growing until a product of
+# so few rows would only read the weight.
+@pytest.mark.parametrize(
+    ("classes", "rows"), [(1, 1024), (32_768, 1024), (32_769, 1023), (WIDE, 479), (10**6, 128)]
+)
+def test_very_many_classes_take_fewer_rows_at_a_time(classes: int, rows: int) -> None:
     assert class_scores_torch.rows_per_chunk(classes, torch.device("cpu")) == rows

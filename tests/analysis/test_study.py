@@ -1,0 +1,274 @@
+"""Studies of small random models, from a file to a page."""
+
+import json
+import math
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from classlens.analysis.identifiability import analyze_identifiability
+from classlens.analysis.study import runner
+from classlens.analysis.study.parse import parse_study
+from classlens.analysis.study.plan import Target
+from classlens.analysis.study.runner import Place, run_study
+from classlens.analysis.study.verdicts import findings_frame, judge, missing, rows
+from classlens.cli import cli
+from classlens.extractor.config import ExtractConfig
+from classlens.extractor.models import load_subject
+from classlens.extractor.store import verify
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+MODEL_ARGS = ", ".join(f"{key} = {value}" for key, value in {**SMALL, "num_classes": 10}.items())
+STUDY = f"""
+[study]
+name = "small"
+shards = ["shards"]
+permutations = 20
+
+[[run]]
+name = "a"
+model = "vit_tiny_patch16_224"
+weights = "random:1"
+model_args = {{ {MODEL_ARGS} }}
+
+[[run]]
+name = "a-random"
+control_of = "a"
+weights = "random:2"
+
+[[run]]
+name = "broken"
+model = "vit_tiny_patch16_224"
+weights = "absent.safetensors"
+model_args = {{ {MODEL_ARGS} }}
+
+[[run]]
+name = "b"
+model = "vit_tiny_patch16_224"
+weights = "b.safetensors"
+model_args = {{ {MODEL_ARGS} }}
+
+[[probe]]
+name = "probed"
+of = "a"
+
+[[target]]
+id = "rate"
+measure = "identifiability_rate"
+runs = {{ a = 0.0, a-random = 1000.0, broken = 1.0, b = 0.0 }}
+tolerance = 100
+source = "nowhere"
+reason = "all rates lie within"
+
+[[target]]
+id = "change"
+run = "a"
+measure = "block_change_rate"
+first_block = 1
+values = [0.5, 2.0, 0.5]
+tolerance = 0.5
+
+[[target]]
+id = "probe"
+run = "probed"
+measure = "probe_top1"
+site = "attn"
+block = 2
+value = 0.5
+tolerance = 0.1
+"""
+
+
+@pytest.fixture
+def data(make_shards, tmp_path):
+    folder = make_shards((5, 3))[0].parent.parent
+    model_args = {**SMALL, "num_classes": 10}
+    made = load_subject(ExtractConfig("vit_tiny_patch16_224", model_args, "random:3"))
+    save_file(made.model.state_dict(), folder / "b.safetensors")
+    return folder
+
+
+def run(data, out, text=STUDY, **options):
+    place = Place(data, out, "cpu")
+    return run_study(parse_study(text, "small.toml"), place, **options)
+
+
+def states(result) -> dict[str, str]:
+    return {outcome.step: outcome.state for outcome in result.outcomes}
+
+
+def test_one_failing_run_does_not_lose_the_others(data, tmp_path):
+    out = tmp_path / "out"
+    said = []
+    result = run(data, out, say=said.append)
+    assert states(result) == {
+        "extract a": "done",
+        "extract a-random": "done",
+        "extract broken": "failed",
+        "extract b": "done",
+        "probe probed": "failed",
+        "identifiability of a": "done",
+        "identifiability of a-random": "done",
+        "identifiability of broken": "left out",
+        "identifiability of b": "done",
+        "page on a": "done",
+        "page on broken": "left out",
+        "page on b": "done",
+    }
+    assert len(said) == len(result.outcomes)
+    assert result.exit_code == 7  # that of the first failure: a model that cannot be loaded
+    for name in ("a", "a-random", "b"):
+        assert verify(out / "stores" / name) == []
+    verdicts = {(f.target.id, f.target.arguments.get("block")): f for f in result.findings}
+    assert verdicts["rate, a", None].verdict == "met"
+    assert verdicts["rate, a-random", None].verdict == "not met"
+    assert verdicts["rate, b", None].verdict == "met"
+    broken = verdicts["rate, broken", None]
+    assert (broken.verdict, broken.corrected) == ("not measured", None)
+    assert "absent.safetensors" in broken.reason
+    assert [verdicts["change", b].verdict for b in (1, 2)] == ["met", "not met"]
+    assert verdicts["change", 3].reason == "there is nothing for block 3"  # of 3 blocks
+    assert "cannot probe" in verdicts["probe", 2].reason
+
+
+def test_numbers_are_those_of_the_analysis_in_both_conventions(data, tmp_path):
+    out = tmp_path / "out"
+    result = run(data, out)
+    [rate] = [f for f in result.findings if f.target.id == "rate, a"]
+    for convention in ("corrected", "vilas2023"):
+        expected = analyze_identifiability(
+            out / "stores/a", out / "stores/a-random", convention=convention, permutations=20
+        )
+        model = expected.rate.filter(pl.col("source") == "model")
+        assert getattr(rate, convention) == model["rate"].item()
+        change = expected.change_rate.filter(pl.col("source") == "model", pl.col("block") == 1)
+        [ours] = [f for f in result.findings if f.target.arguments.get("block") == 1]
+        assert getattr(ours, convention) == change["change_rate"].item()
+
+
+def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = run(data, out)
+
+    def forbidden(*arguments, **options):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr("classlens.extractor.run.extract", forbidden)
+    monkeypatch.setattr("classlens.analysis.report.write_report", forbidden)
+    monkeypatch.setitem(runner.ANALYSES, "identifiability", forbidden)
+    again = run(data, out)
+    assert states(again) == states(first)
+    assert again.findings == first.findings
+
+
+def test_a_changed_setting_is_noticed(data, tmp_path):
+    out = tmp_path / "out"
+    run(data, out)
+    result = run(data, out, STUDY.replace('"random:2"', '"random:5"'))
+    assert states(result)["extract a-random"] == "failed"  # the store has other weights
+    assert states(result)["extract a"] == "done"
+    fewer = run(data, out, STUDY.replace("permutations = 20", "permutations = 30"))
+    assert states(fewer)["extract a-random"] == "done"
+    kept = json.loads((out / "results/a.identifiability.json").read_text())
+    assert kept["inputs"]["permutations"] == 30
+
+
+def test_a_store_that_is_gone_is_made_again(data, tmp_path):
+    out = tmp_path / "out"
+    run(data, out)
+    (out / "stores/b").rename(tmp_path / "elsewhere")
+    assert states(run(data, out))["extract b"] == "done"
+    assert verify(out / "stores/b") == []
+
+
+def test_only_one_run(data, tmp_path):
+    out = tmp_path / "out"
+    result = run(data, out, only="b")
+    done = {step for step, state in states(result).items() if state == "done"}
+    assert done == {"extract b", "identifiability of b", "page on b"}
+    reasons = {f.target.id: f.reason for f in result.findings}
+    assert reasons["rate, b"] == ""
+    assert reasons["rate, a"] == "a has not been run"
+    assert result.exit_code == 0
+    with pytest.raises(runner.UsageError, match="no step 'c'; it has a, a-random, broken, b"):
+        run(data, out, only="c")
+
+
+def test_settings_that_classlens_does_not_have_fail_their_run_alone(data, tmp_path):
+    text = STUDY.replace('weights = "random:2"', 'intervene = "unheard-of"')
+    result = run(data, tmp_path / "out", text)
+    assert states(result)["extract a-random"] == "failed"
+    assert states(result)["extract a"] == "done"
+
+
+def finding(value, ours, tolerance=0.1, **arguments):
+    target = Target("t", "r", "m", value, tolerance, arguments=arguments)
+    values = {} if ours is None else {"vilas2023": ours, "corrected": ours + 1}
+    return judge(target, values, "" if ours is not None else "nothing there")
+
+
+def test_the_tolerance_is_inclusive_and_their_convention_is_judged():
+    assert finding(1.0, 1.5, 0.5).verdict == "met"
+    assert finding(1.0, 0.5, 0.5).verdict == "met"
+    assert finding(1.0, math.nextafter(1.5, 2), 0.5).verdict == "not met"
+    assert finding(1.0, float("nan"), 0.5).verdict == "not met"
+    assert judge(Target("t", "r", "m", 1, 1), {"corrected": 1.0}).verdict == "not measured"
+
+
+def test_a_series_is_one_row_with_its_worst_block():
+    findings = [
+        finding(0.5, 0.55, block=1),
+        finding(0.5, 0.9, block=2),
+        finding(0.5, None, block=3),
+    ]
+    [row] = rows(findings)
+    assert (row.block, row.verdict) == ("2", "not met, 1 of 3 blocks")
+    [row] = rows(findings[:1])
+    assert (row.block, row.verdict) == ("1", "met")
+    [row] = rows(findings[2:])
+    assert row.verdict == "not measured"
+    assert missing(findings) == ["1 not measured: nothing there"]
+
+
+def test_the_frame_has_a_row_for_every_target():
+    frame = findings_frame([finding(0.5, 0.55, block=1), finding(0.5, None)])
+    assert frame["block"].to_list() == [1, None]
+    assert frame["verdict"].to_list() == ["met", "not measured"]
+    assert frame["difference"][0] == pytest.approx(0.05)
+    assert json.loads(frame["arguments"][0]) == {"block": 1}
+
+
+def test_the_command_ends_with_table_parquet_and_page(data, tmp_path):
+    file, out = data / "small.toml", tmp_path / "out"
+    file.write_text(STUDY)
+    done = CliRunner().invoke(cli, ["study", str(file), "--out", str(out), "--device", "cpu"],
+                              standalone_mode=False)  # fmt: skip
+    assert done.exception is None, done.output
+    assert done.return_value == 7
+    assert "not measured" in done.stdout
+    assert "failed: extract broken" in done.stderr
+    frame = pl.read_parquet(out / "targets.parquet")
+    assert frame.height == 8
+    page = (out / "report.html").read_text()
+    for text in ("rate, a-random", "nowhere", "all rates lie within", "absent.safetensors", "<svg"):
+        assert text in page
+    assert 'href="pages/a.html"' in page
+    assert "broken.html" not in page
+    assert (out / "pages/a.html").exists()
+    again = CliRunner().invoke(
+        cli, ["study", str(file), "--out", str(out), "--device", "cpu", "--json"]
+    )
+    listed = json.loads(again.stdout)
+    assert {row["verdict"] for row in listed} == {"met", "not met", "not measured"}
+
+
+def test_reproduce_wants_data_or_the_demo(tmp_path):
+    for extra, message in (([], "--data"), (["--demo", "--models", "a"], "leave out")):
+        done = CliRunner().invoke(
+            cli, ["reproduce", "vilas2023", "--out", str(tmp_path / "o"), *extra],
+            standalone_mode=False,
+        )  # fmt: skip
+        assert done.return_value == 2
+        assert message in done.stderr
