@@ -14,16 +14,12 @@ from classlens.extractor.console import status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import polars as pl
     from rich.table import Table
 
     from classlens.analysis.interventions import InterventionsResult
 
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
-MEASURES = {
-    "rate": "image tokens with rank 0, last block %",
-    "images": "images with such a token %",
-    "accuracy": "accuracy %",
-}
 
 
 @click.command()
@@ -68,27 +64,34 @@ def interventions(
 
     console = Console()
     for result in results:
-        console.print(_rates_table(result))
-        console.print()
+        for table in _rate_tables(result):
+            console.print(table)
+            console.print()
     for table in _block_tables(results[0]):
         console.print(table)
         console.print()
 
 
-def _rates_table(result: InterventionsResult) -> Table:
-    table = new_table(
-        f"{result.store.name}, unperturbed and perturbed ({result.convention})",
-        f"chance of rank 0 and of a right prediction: {100 / result.classes:.3g}%; "
-        "[ ]: 95% bootstrap interval over images; difference: perturbed − unperturbed, paired",
-        ["", "", "unperturbed", "perturbed", "difference", "images"],
-    )
-    for (name, measure), rows in result.rates.group_by("name", "measure", maintain_order=True):
-        by_source = {row["source"]: row for row in rows.iter_rows(named=True)}
-        title = f"{name} ({rows['intervention'][0]})" if measure == "rate" else ""
-        cells = [_interval(row, row["value"], 2) for row in by_source.values()]
-        images = f"{by_source['difference']['n_images']:,}"
-        table.add_row(title, MEASURES[str(measure)], *cells, images)
-    return table
+def _rate_tables(result: InterventionsResult) -> Iterator[Table]:
+    for (name,), rows in result.rates.group_by("name", maintain_order=True):
+        of_measure = {key[0]: part for key, part in rows.group_by("measure", maintain_order=True)}
+        table = new_table(
+            f"{name} ({rows['intervention'][0]}) against {result.store.name}, % "
+            f"({result.convention})",
+            f"rate: image tokens with rank 0 in the last block; images: those with such a token; "
+            f"chance of rank 0 and of a right prediction: {100 / result.classes:.3g}; "
+            f"n = {_images(of_measure['rate'])} images, {_images(of_measure['accuracy'])} for the "
+            "accuracy; [ ]: 95% bootstrap interval over images, paired for the difference",
+            ["", "unperturbed", "perturbed", "difference"],
+        )
+        for measure, part in of_measure.items():
+            cells = [_interval(row, row["value"], 2) for row in part.iter_rows(named=True)]
+            table.add_row(str(measure), *cells)
+        yield table
+
+
+def _images(rows: pl.DataFrame) -> str:
+    return f"{rows['n_images'].min():,}"
 
 
 def _block_tables(result: InterventionsResult) -> Iterator[Table]:

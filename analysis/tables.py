@@ -74,8 +74,8 @@ def new_table(title: str, caption: str, columns: Sequence[str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left",
-                  caption_justify="left")  # fmt: skip
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False,
+                  title_justify="left", caption_justify="left")  # fmt: skip
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
