@@ -22,7 +22,8 @@ def differences_chart(findings: pl.DataFrame) -> Any:
         findings: of ``verdicts.findings_frame``; measured single numbers are drawn, clipped at ±4.
     """
     rows = _measured(findings).filter(pl.col("id").is_unique())
-    rows = rows.with_columns(off=(pl.col("difference") / pl.col("tolerance")).clip(-4, 4))
+    off = pl.when(pl.col("difference") != 0).then(pl.col("difference") / pl.col("tolerance"))
+    rows = rows.with_columns(off=off.fill_null(0.0).clip(-4, 4))  # a tolerance may be 0
     met = pl.DataFrame({"low": [-1.0], "high": [1.0]})
     scale = alt.Scale(domain=[-4, 4], nice=False)
     title = "(ours, vilas2023 − published) / tolerance"

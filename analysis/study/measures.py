@@ -1,8 +1,9 @@
 """Measures: a name in a study file -> one number, in either convention.
 
 A measure picks a number out of the JSON result of an analysis; the runner computes each analysis of
-a run once and keeps it. To add one: an entry in ANALYSES where its analysis is new, an entry in
-MEASURES, and no other change. A measure that returns None has nothing to measure there.
+a run once and keeps it. To add one: an entry in ANALYSES where its analysis is new (``perturb`` and
+``probe`` are steps of their own), an entry in MEASURES, and no other change. A measure whose
+analysis is missing is reported as not measured.
 
 This module imports nothing heavy: plans are checked with it.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,15 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """What an analysis is given: a run's store, that of its control, and the study's settings."""
+    """What an analysis is given.
+
+    store, control, original: of the run, of its control and of the run that it perturbs, where
+    there are such. seed, permutations: of the study.
+    """
 
     store: Path
     control: Path | None
+    original: Path | None
     seed: int
     permutations: int
 
@@ -31,12 +38,12 @@ class Subject:
 class Measure:
     """One number of an analysis.
 
-    analysis: its name in ANALYSES; None for what cannot be measured yet. pick: takes the result in
-    one convention, and the arguments, of which ``required`` must be given.
+    analysis: its name in ANALYSES, or a kind of step. pick: takes the result in one convention, and
+    the arguments, of which ``required`` must be given; raises LookupError where it has no such row.
     """
 
-    analysis: str | None
-    pick: Callable[..., float | None]
+    analysis: str
+    pick: Callable[..., float]
     arguments: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
 
@@ -54,69 +61,105 @@ def identifiability(subject: Subject, convention: str) -> Result:
     ).to_json()
 
 
-def identifiability_rate(result: Result) -> float | None:
+def identifiability_rate(result: Result) -> float:
     """Image tokens with rank 0 in the last block, mean over images, in %."""
     return _row(result["rate"], source="model")["rate"]
 
 
-def images_with_identifiable_token(result: Result) -> float | None:
+def images_with_identifiable_token(result: Result) -> float:
     """Images with at least one image token of rank 0 in the last block, in %."""
     return _row(result["rate"], source="model")["images"]
 
 
-def accuracy(result: Result) -> float | None:
+def accuracy(result: Result) -> float:
     """Images whose prediction is their label, in %."""
     return _row(result["accuracy"], source="model")["accuracy"]
 
 
-def block_change_rate(result: Result, block: int) -> float | None:
+def block_change_rate(result: Result, block: int) -> float:
     """Share of image tokens whose label logit rises in a block."""
     return _value(result["change_rate"], "change_rate", source="model", block=block)
 
 
 def mean_identifiability(
     result: Result, block: int, stream: str = "resid", group: str = "patch"
-) -> float | None:
+) -> float:
     """Mean identifiability of the tokens of a group in a stream of a block."""
     wanted = {"source": "model", "stream": stream, "group": group, "block": block}
     return _value(result["evolution"], "mean", **wanted)
 
 
-def class_context_difference(result: Result, block: int) -> float | None:
+def class_context_difference(result: Result, block: int) -> float:
     """Mean identifiability of class-labelled image tokens minus that of the others."""
     return _value(result["context"], "delta", block=block)
 
 
-def not_yet(result: Result) -> float | None:
-    """Of an analysis that is still to come."""
-    return None
+def sublayer_change_rate(result: Result, sublayer: str, group: str, block: int) -> float:
+    """Share of the tokens of a group whose label logit a sublayer raises."""
+    wanted = {"sublayer": sublayer, "group": group, "block": block}
+    return _value(result["change_rate"], "change_rate", **wanted)
+
+
+def class_context_logit_difference(result: Result, sublayer: str, block: int) -> float:
+    """How much more a sublayer raises the label logits of class-labelled tokens than of others."""
+    return _value(result["context"], "delta", sublayer=sublayer, block=block)
+
+
+def intervention_rate(result: Result, state: str, of: str = "rate") -> float:
+    """The "rate", "images" or "accuracy" in %, in the state "perturbed" or "unperturbed"."""
+    return _value(result["rates"], "value", measure=of, source=state)
+
+
+def class_value_cosine(result: Result, sublayer: str, pick: str) -> float:
+    """Class-value agreement of the blocks of a sublayer."""
+    return _picked(result["agreement"], "cosine", pick, source="model", sublayer=sublayer)
+
+
+def key_value_agreement(result: Result, sublayer: str, pick: str) -> float:
+    """Key-value agreement rate of the blocks of a sublayer, in %."""
+    return _picked(result["agreement"], "agreement", pick, sublayer=sublayer)
+
+
+def memory_composition(result: Result, sublayer: str, pick: str) -> float:
+    """Tokens with the top class of a single memory, of the blocks of a sublayer, in %."""
+    return _picked(result["composition"], "composed", pick, sublayer=sublayer, group="all")
+
+
+def perturbation_auc(result: Result, test: str, method: str) -> float:
+    """Area under the curve of a method in a perturbation test."""
+    return _value(result["auc"], "auc", test=test, method=method)
+
+
+def probe_top1(result: Result, stream: str, block: int, group: str = "patch") -> float:
+    """Share of tokens whose linear probe puts the label first."""
+    wanted = {"source": "probe", "stream": stream, "group": group, "block": block}
+    return _value(result["comparison"], "rate", **wanted) / 100
+
+
+def _measure(pick: Callable[..., float], analysis: str) -> Measure:
+    """A measure with the arguments that its function has behind the result."""
+    arguments = list(signature(pick).parameters.values())[1:]
+    required = tuple(a.name for a in arguments if a.default is a.empty)
+    return Measure(analysis, pick, tuple(a.name for a in arguments), required)
 
 
 ANALYSES: dict[str, Callable[[Subject, str], Result]] = {"identifiability": identifiability}
 
 MEASURES: dict[str, Measure] = {
-    "identifiability_rate": Measure("identifiability", identifiability_rate),
-    "images_with_identifiable_token": Measure("identifiability", images_with_identifiable_token),
-    "accuracy": Measure("identifiability", accuracy),
-    "block_change_rate": Measure("identifiability", block_change_rate, ("block",), ("block",)),
-    "mean_identifiability": Measure(
-        "identifiability", mean_identifiability, ("block", "stream", "group"), ("block",)
-    ),
-    "class_context_difference": Measure(
-        "identifiability", class_context_difference, ("block",), ("block",)
-    ),
-    "tokens_rate": Measure(None, not_yet, ("tokens",), ("tokens",)),
-    "class_context_logit_difference": Measure(
-        None, not_yet, ("sublayer", "block"), ("sublayer", "block")
-    ),
-    "sublayer_change_rate": Measure(
-        None, not_yet, ("sublayer", "group", "block"), ("sublayer", "group", "block")
-    ),
-    "class_value_cosine": Measure(None, not_yet, ("sublayer", "pick"), ("sublayer", "pick")),
-    "key_value_agreement": Measure(None, not_yet, ("sublayer", "pick"), ("sublayer", "pick")),
-    "memory_composition": Measure(None, not_yet, ("sublayer", "pick"), ("sublayer", "pick")),
-    "perturbation_auc": Measure(None, not_yet, ("order", "method"), ("order", "method")),
-    "probe_top1": Measure(None, not_yet, ("site", "block"), ("site", "block")),
+    "identifiability_rate": _measure(identifiability_rate, "identifiability"),
+    "images_with_identifiable_token": _measure(images_with_identifiable_token, "identifiability"),
+    "accuracy": _measure(accuracy, "identifiability"),
+    "block_change_rate": _measure(block_change_rate, "identifiability"),
+    "mean_identifiability": _measure(mean_identifiability, "identifiability"),
+    "class_context_difference": _measure(class_context_difference, "identifiability"),
+    "sublayer_change_rate": _measure(sublayer_change_rate, "sublayers"),
+    "class_context_logit_difference": _measure(class_context_logit_difference, "sublayers"),
+    "intervention_rate": _measure(intervention_rate, "interventions"),
+    "class_value_cosine": _measure(class_value_cosine, "values"),
+    "key_value_agreement": _measure(key_value_agreement, "memories"),
+    "memory_composition": _measure(memory_composition, "memories"),
+    "perturbation_auc": _measure(perturbation_auc, "perturb"),
+    "probe_top1": _measure(probe_top1, "probe"),
 }
 
 
@@ -133,5 +176,21 @@ def _row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     raise LookupError(f"there is nothing for {asked}")
 
 
-def _value(rows: list[dict[str, Any]], column: str, **wanted: Any) -> float | None:
+def _value(rows: list[dict[str, Any]], column: str, **wanted: Any) -> float:
     return _row(rows, **wanted)[column]
+
+
+def _picked(rows: list[dict[str, Any]], column: str, pick: str, **wanted: Any) -> float:
+    """Of the blocks with these values: the largest ("peak"), its block, or the last block's.
+
+    Raises:
+        LookupError: there is no such block, or nothing of that name to pick.
+    """
+    _row(rows, **wanted)
+    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    blocks = {row["block"]: row[column] for row in found}
+    peak = max(blocks, key=blocks.__getitem__)
+    picks = {"peak": blocks[peak], "peak_block": peak, "last": blocks[max(blocks)]}
+    if pick not in picks:
+        raise LookupError(f"pick is {pick!r}, which is none of {', '.join(picks)}")
+    return picks[pick]

@@ -212,7 +212,8 @@ class _Runner:
     def analyses(self, run: Run) -> list[str]:
         """The analyses that a run's targets need, and those of its page."""
         measured = (MEASURES[t.measure].analysis for t in self.study.targets if t.run == run.name)
-        return list(dict.fromkeys(name for name in ("identifiability", *measured) if name))
+        wanted = dict.fromkeys(("identifiability", *measured))
+        return [name for name in wanted if name in ANALYSES]
 
     def analyse(self, run: Run, name: str) -> str:
         subject, inputs = self.subject(run)
@@ -227,15 +228,17 @@ class _Runner:
         control = self.study.control(run.name)
         with_control = control is not None and self.kept(control.name, "extract") is not None
         control_store = self.place.store(control.name) if control and with_control else None
+        original = self.place.store(run.perturbed_of) if run.perturbed_of else None
         study, store = self.study, self.place.store(run.name)
-        stores = {"store": store, "control": control_store}
+        stores = {"store": store, "control": control_store, "original": original}
         inputs = {
             **{name: path and _fingerprint(path) for name, path in stores.items()},
             "seed": study.seed,
             "permutations": study.permutations,
             "classlens": version("classlens"),
         }
-        return Subject(store, control_store, study.seed, study.permutations), inputs
+        subject = Subject(store, control_store, original, study.seed, study.permutations)
+        return subject, inputs
 
     def page(self, run: Run) -> str:
         from classlens.analysis.report import write_report
@@ -259,17 +262,16 @@ class _Runner:
         measure = MEASURES[target.measure]
         if target.run in self.failures:
             return {}, self.failures[target.run]
-        if measure.analysis is None:
+        steps = [step.kind for step in self.study.steps]
+        if measure.analysis not in (*ANALYSES, *steps):
             return {}, f"this classlens does not measure {target.measure}"
         results = self.kept(target.run, measure.analysis)
         if results is None:
             return {}, f"{target.run} has not been run"
         try:
-            values = {c: measure.pick(results[c], **target.arguments) for c in CONVENTIONS}
+            return {c: measure.pick(results[c], **target.arguments) for c in CONVENTIONS}, ""
         except LookupError as error:
             return {}, str(error.args[0])
-        found = {name: value for name, value in values.items() if value is not None}
-        return found, "" if found else f"{target.run} has nothing to measure"
 
     def kept(self, run: str, step: str, inputs: dict[str, Any] | None = None) -> Any | None:
         """The result of a step that is done, with these inputs where they are given."""

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from classlens.analysis.identifiability import analyze_identifiability
 from classlens.analysis.study import runner
+from classlens.analysis.study.measures import MEASURES
 from classlens.analysis.study.parse import parse_study
 from classlens.analysis.study.plan import Target
 from classlens.analysis.study.runner import Place, run_study
@@ -74,7 +75,7 @@ tolerance = 0.5
 id = "probe"
 run = "probed"
 measure = "probe_top1"
-site = "attn"
+stream = "attn"
 block = 2
 value = 0.5
 tolerance = 0.1
@@ -201,6 +202,57 @@ def test_settings_that_classlens_does_not_have_fail_their_run_alone(data, tmp_pa
     result = run(data, tmp_path / "out", text)
     assert states(result)["extract a-random"] == "failed"
     assert states(result)["extract a"] == "done"
+
+
+ROWS = [
+    {"source": "model", "sublayer": "mlp", "group": "all", "block": b, "x": x}
+    for b, x in enumerate((1.0, 3.0, 2.0))
+]
+
+
+def picked(measure, key, column, **arguments):
+    rows = [{**row, column: row["x"]} for row in ROWS]
+    return MEASURES[measure].pick({key: rows}, sublayer="mlp", **arguments)
+
+
+def test_measures_over_blocks_pick_the_peak_its_block_or_the_last():
+    for measure, key, column in (
+        ("class_value_cosine", "agreement", "cosine"),
+        ("key_value_agreement", "agreement", "agreement"),
+        ("memory_composition", "composition", "composed"),
+    ):
+        found = [picked(measure, key, column, pick=p) for p in ("peak", "peak_block", "last")]
+        assert found == [3.0, 1, 2.0]
+    with pytest.raises(LookupError, match="pick is 'first', which is none of peak"):
+        picked("class_value_cosine", "agreement", "cosine", pick="first")
+    with pytest.raises(LookupError, match="nothing for sublayer mlp"):
+        MEASURES["class_value_cosine"].pick({"agreement": []}, sublayer="mlp", pick="last")
+
+
+def test_other_measures_take_the_row_that_is_asked_for():
+    rates = [
+        {"measure": "rate", "source": "perturbed", "value": 7.0},
+        {"measure": "accuracy", "source": "perturbed", "value": 8.0},
+        {"measure": "rate", "source": "unperturbed", "value": 9.0},
+    ]
+    pick = MEASURES["intervention_rate"].pick
+    assert pick({"rates": rates}, state="perturbed") == 7.0
+    assert pick({"rates": rates}, state="perturbed", of="accuracy") == 8.0
+    assert pick({"rates": rates}, state="unperturbed") == 9.0
+    auc = [{"test": "negative", "method": "chefer", "auc": 0.8}]
+    assert MEASURES["perturbation_auc"].pick({"auc": auc}, test="negative", method="chefer") == 0.8
+    probes = [{"source": "probe", "stream": "attn", "group": "patch", "block": 2, "rate": 58.0}]
+    assert MEASURES["probe_top1"].pick({"comparison": probes}, stream="attn", block=2) == 0.58
+    change = [{"sublayer": "attn", "group": "cls", "block": 1, "change_rate": 0.6}]
+    found = MEASURES["sublayer_change_rate"].pick(
+        {"change_rate": change}, sublayer="attn", group="cls", block=1
+    )
+    assert found == 0.6
+    context = [{"sublayer": "attn", "block": 1, "delta": 0.2}]
+    found = MEASURES["class_context_logit_difference"].pick(
+        {"context": context}, sublayer="attn", block=1
+    )
+    assert found == 0.2
 
 
 def finding(value, ours, tolerance=0.1, **arguments):

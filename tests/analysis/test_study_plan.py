@@ -149,7 +149,7 @@ def test_the_papers_study_has_all_its_runs():
         "deit_ensemble_16",
     ]
     assert {run.settings.get("intervene") for run in study.runs if run.perturbed_of} == {
-        "self_only", "no_cls", "remove_context", "remove_class_label",
+        "self-only", "no-cls", "drop-context", "drop-class",
     }  # fmt: skip
     assert [step.kind for step in study.steps] == ["perturb", "probe"]
 
