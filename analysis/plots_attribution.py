@@ -35,7 +35,7 @@ def perturbation_chart(result: PerturbationResult) -> alt.HConcatChart:
     )
 
 
-def _panel(result: PerturbationResult, test: str) -> alt.LayerChart:
+def _panel(result: PerturbationResult, test: str) -> alt.LayerChart | alt.FacetChart:
     areas = result.auc.filter(pl.col("test") == test)
     names = {
         row["method"]: f"{row['method']}: {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
