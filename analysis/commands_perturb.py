@@ -144,8 +144,8 @@ def parse_blocks(text: str | None, blocks: int) -> list[int] | None:
     found = set()
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            found |= set(range(int(first), int(last or first) + 1))
+            first, dash, last = part.partition("-")
+            found |= set(range(int(first), int(last if dash else first) + 1))
     except ValueError as error:
         raise UsageError(f"--blocks takes numbers and ranges, 0,3,5-7; got {text!r}.") from error
     if not found or min(found) < 0 or max(found) >= blocks:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import altair as alt
 import polars as pl
 
@@ -37,7 +35,7 @@ def perturbation_chart(result: PerturbationResult) -> alt.HConcatChart:
     )
 
 
-def _panel(result: PerturbationResult, test: str) -> Any:
+def _panel(result: PerturbationResult, test: str) -> alt.LayerChart | alt.FacetChart:
     areas = result.auc.filter(pl.col("test") == test)
     names = {
         row["method"]: f"{row['method']}: {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"

@@ -148,8 +148,8 @@ def cls_rows(model: VisionTransformer, images: Tensor, labels: Tensor) -> Tensor
     from torch.nn import functional as F
 
     found = []
-    for attention, logits in _blocks_with_graph(model, images):
-        loss = F.cross_entropy(logits[:, 0], labels, reduction="sum")
+    for attention, added in _blocks_with_graph(model, images):
+        loss = F.cross_entropy(_logits(model, added[:, 0]), labels, reduction="sum")
         [gradient] = torch.autograd.grad(loss, attention)
         found.append(-gradient[:, :, 0, model.num_prefix_tokens :])
     return torch.stack(found, dim=1)
@@ -167,8 +167,9 @@ def every_token(
     from torch.nn import functional as F
 
     found, seconds = [], 0.0
-    for attention, logits in _blocks_with_graph(model, images):
-        losses = F.cross_entropy(logits[0], labels.expand(logits.shape[1]), reduction="none")
+    for attention, added in _blocks_with_graph(model, images):
+        logits = _logits(model, added[0])
+        losses = F.cross_entropy(logits, labels.expand(len(logits)), reduction="none")
         rows: list[Tensor] = []
 
         def backward(losses: Tensor = losses, attention: Tensor = attention, rows=rows) -> None:
@@ -200,7 +201,7 @@ def check(model: VisionTransformer, space: ClassSpace, images: Tensor, labels: T
 
 
 def _blocks_with_graph(model: VisionTransformer, images: Tensor) -> Any:
-    """Block by block A, a leaf, and the logits of what attention adds, with the graph between."""
+    """Block by block A, a leaf, and what attention adds, [N, T, D], with the graph between."""
     from classlens.extractor.blocks import block_sites, walk
 
     leaves: list[torch.Tensor] = []
@@ -214,7 +215,11 @@ def _blocks_with_graph(model: VisionTransformer, images: Tensor) -> Any:
         return block_sites(block, x.detach(), wanted, attend)
 
     for _, sites in walk(model, images, "corrected", frozenset({"attn"}), detached):
-        yield leaves.pop(), model.head(model.fc_norm(model.norm(sites["attn"])))
+        yield leaves.pop(), sites["attn"]
+
+
+def _logits(model: VisionTransformer, x: Tensor) -> Tensor:
+    return model.head(model.fc_norm(model.norm(x)))
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -61,17 +61,23 @@ def test_vilas2023_takes_its_own_loss_and_every_count(make_store, tmp_path):
     result = json.loads(out.read_text())
     assert result["facts"]["convention"] == "vilas2023"
     assert {row["kept"] for row in result["curves"]} == set(range(17))
-    with pytest.raises(UsageError, match="leave out --steps"):
-        run("perturb", store, *options, "--steps", 3, "--out", out)
+    code, _, err = run("perturb", store, *options, "--steps", 3, "--out", out)
+    assert code == UsageError.exit_code
+    assert "leave out --steps" in err
 
 
 def test_what_cannot_be_perturbed_is_named_before_anything_runs(make_store, make_shards, tmp_path):
     gap = ("--model-arg", "class_token=false", "--model-arg", "global_pool=avg")
     store = make_store(*gap)
-    with pytest.raises(ModelError, match="does not predict from a CLS token"):
-        run("perturb", store, "--device", "cpu", "--out", tmp_path / "p.json")
-    with pytest.raises(UsageError, match=r"must end in \.parquet"):
-        run("perturb", store, "--out", tmp_path / "p.txt")
+
+    def failed(out):
+        return run("perturb", store, "--device", "cpu", "--out", tmp_path / out)
+
+    code, _, err = failed("p.json")
+    assert code == ModelError.exit_code
+    assert "does not predict from a CLS token" in err
+    code, _, err = failed("p.txt")
+    assert code == UsageError.exit_code
+    assert "must end in .parquet" in err
     (tmp_path / "shards" / "shard-0.tar").unlink()
-    with pytest.raises(ShardError):
-        run("perturb", store, "--device", "cpu", "--out", tmp_path / "p.json")
+    assert failed("p.json")[0] == ShardError.exit_code

@@ -65,9 +65,9 @@ def naive_prediction(model, image, kept):
 def test_answers_are_those_of_one_image_at_a_time(prepared):
     scorer = make_perturbed(prepared)
     methods = make_methods(prepared, scorer, ["class-embedding", "random"], store=None, seed=3)
-    images = [0, 2, 3, 7, 8]
+    images = [0, 3, 7]
     found = perturb(prepared, scorer, methods, images, kept_counts(16), batch_size=2)
-    assert found.height == 5 * 2 * 2 * 17
+    assert found.height == 3 * 2 * 2 * 17
     rows = {row[:4]: row[4] for row in found.iter_rows()}
     assert len(rows) == found.height
     [pictures] = read_pictures(prepared, 16, images)
@@ -84,7 +84,7 @@ def test_answers_are_those_of_one_image_at_a_time(prepared):
                     predicted = naive_prediction(scorer.model, pixels[i], kept)
                     right = predicted == int(pictures.targets.labels[i])
                     assert rows[image, name, test, count] == right, (image, name, test, count)
-    assert found.filter(pl.col("kept") == 16).n_unique(("image", "right")) == 5
+    assert found.filter(pl.col("kept") == 16).n_unique(("image", "right")) == 3
 
 
 def test_dropped_tokens_cost_nothing(prepared):
