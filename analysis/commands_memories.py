@@ -241,14 +241,14 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
     control = {row["block"]: row for row in frame.filter(pl.col("source") == "control").to_dicts()}
     rows = frame.filter(pl.col("source") == "model").to_dicts()
     caption = (
-        f"mean over {rows[0]['n_classes']:,} classes; [ ]: 95% bootstrap interval over classes"
+        f"{result.model}, weights {Path(result.weights).name}; mean over "
+        f"{rows[0]['n_classes']:,} classes; [ ]: 95% bootstrap interval over classes"
     )
     columns = ["block", "max cos(E, v)"]
     if control:
         caption += f"; q: one-sided Wilcoxon test, above the control ({result.control})"
         columns += ["control", "q"]
-    name = f"{result.model}, {Path(result.weights).name}"
-    shown = new_table(f"{name}: class-value agreement, {TITLES[sublayer]}", caption, columns)
+    shown = new_table(f"Class-value agreement, {TITLES[sublayer]}", caption, columns)
     for row in rows:
         cells = [f"{row['cosine']:.3f} \\[{row['low']:.3f}, {row['high']:.3f}]"]
         if control:
@@ -260,8 +260,8 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
 def _classes_table(model: str, frame: pl.DataFrame) -> Table:
     first = frame.row(0, named=True)
     shown = new_table(
-        f"{model}: classes of value vectors, {TITLES[first['sublayer']]} of block {first['block']}",
-        "products E·v, neither normalised",
+        f"Classes of value vectors, {TITLES[first['sublayer']]} of block {first['block']}",
+        f"{model}; products E·v, neither normalised",
         ["value vector", "product", "class", "name"],
     )
     shown.columns[-1].justify = "left"

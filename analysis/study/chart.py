@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from classlens.analysis.plots import CHANCE_COLOR, CONTROL_COLOR, STREAM_COLORS, _styled
+from classlens.analysis.plot_style import CHANCE_COLOR, CONTROL_COLOR, STREAM_COLORS, styled
 
 VERDICT_COLORS = {"met": STREAM_COLORS["mlp"], "not met": STREAM_COLORS["attn"]}
 LINES = {"published": "published", "vilas2023": "ours, vilas2023", "corrected": "ours, corrected"}
@@ -44,7 +44,7 @@ def differences_chart(findings: pl.DataFrame) -> Any:
         )
     )
     step = alt.Step(22)
-    return _styled(
+    return styled(
         alt.layer(band, zero.encode(x="zero:Q"), points).properties(width=420, height=step)
     )
 
@@ -80,7 +80,7 @@ def series_chart(findings: pl.DataFrame) -> Any:
             base.mark_circle(size=22, opacity=1).encode(y=y, color=color),
         )
         panels.append(panel.properties(title=str(name), width=270, height=160))
-    return _styled(alt.concat(*panels, columns=COLUMNS, spacing=24))
+    return styled(alt.concat(*panels, columns=COLUMNS, spacing=24))
 
 
 def _measured(findings: pl.DataFrame) -> pl.DataFrame:

@@ -138,7 +138,7 @@ def run(*arguments):
 def test_the_command(subject, tmp_path):
     shown = run("--chart", str(tmp_path / "chart.svg"))
     assert shown.exit_code == 0, shown.output
-    assert "class-value agreement, MLP" in shown.output
+    assert "Class-value agreement, MLP" in shown.output
     assert (tmp_path / "chart.svg").read_text().startswith("<svg")
     found = json.loads(run("--json").stdout)["agreement"]
     assert len(found) == 12
