@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from classlens.analysis import plots
+from classlens.analysis.plot_style import to_svg
 from classlens.analysis.study import chart
 from classlens.analysis.study.plan import Study
 from classlens.analysis.study.runner import Outcome
@@ -62,10 +62,10 @@ def _charts(frame: pl.DataFrame) -> dict[str, Markup]:
     charts: dict[str, Any] = {}
     if single.any():
         text = "Differences of single numbers in tolerances; the numbers are in the table."
-        charts["differences"] = Markup(plots.to_svg(chart.differences_chart(frame), text))
+        charts["differences"] = Markup(to_svg(chart.differences_chart(frame), text))
     if not single.all():
         text = "Published and measured numbers of every block; targets.parquet has them."
-        charts["series"] = Markup(plots.to_svg(chart.series_chart(frame), text))
+        charts["series"] = Markup(to_svg(chart.series_chart(frame), text))
     return charts
 
 
