@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,7 +42,8 @@ def attribution(as_json: bool, device: str, **options: Any) -> None:
 
     The last takes hours, so a few of its backward passes are timed, spread over the tokens, and
     their mean is multiplied up; the row says of how many. Random weights. Before anything is timed,
-    all ways must agree. Seconds are of the whole batch, forward pass included.
+    all ways must agree. `seconds` are of the whole batch, forward pass included;
+    `attribution_seconds` are of the attribution alone.
     """
     from classlens.bench.machine import machine_facts
     from classlens.bench.result import print_result
@@ -50,6 +53,22 @@ def attribution(as_json: bool, device: str, **options: Any) -> None:
         rows = measure(device=device, **options)
     result = {"benchmark": "attribution", "machine": machine_facts(device), "rows": rows}
     print_result(result, as_json)
+
+
+class Stopwatch:
+    """Adds up the seconds that parts of a task take."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.seconds = 0.0
+
+    def __call__(self, part: Callable[[], Tensor]) -> Tensor:
+        """What the part returns."""
+        from classlens.bench.machine import seconds_of
+
+        results: list[Tensor] = []
+        self.seconds += seconds_of(lambda: results.append(part()), self._device)
+        return results[0]
 
 
 def measure(
@@ -64,7 +83,7 @@ def measure(
     """A row for each way; medians over the rounds, the ways in turn."""
     import torch
 
-    from classlens.bench.machine import seconds_of, time_in_turn
+    from classlens.bench.machine import time_in_turn
     from classlens.extractor.commands import parse_model_arg
     from classlens.extractor.config import ExtractConfig
     from classlens.extractor.models import load_subject
@@ -76,43 +95,51 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(images, 3, *subject.geometry.input_size, generator=generator).to(device)
     labels = torch.randint(0, space.num_classes, (images,), generator=generator).to(device)
+    check(vit, space, batch[:2], labels[:2])
 
     count = vit.num_prefix_tokens + subject.grid[0] * subject.grid[1]
     timed = _spread(count, tokens)
-    check(vit, space, batch[:2], labels[:2])
+    alone: dict[str, list[float]] = {}
 
-    backward_s: list[float] = []
+    def watched(way: str, task: Callable[[Stopwatch], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            watch = Stopwatch(device)
+            task(watch)
+            alone.setdefault(way, []).append(watch.seconds)
 
-    def few_tokens() -> None:
-        backward_s.append(every_token(vit, batch[:1], labels[:1], timed, seconds_of)[1])
+        return run
 
     tasks = {
-        "forward": lambda: forward(vit, batch),
-        "closed form": lambda: closed_form(vit, space, batch, labels),
-        "cls rows": lambda: cls_rows(vit, batch, labels),
-        "every token": few_tokens,
+        "forward": watched("forward", lambda watch: forward(vit, batch)),
+        "closed form": watched("closed form", lambda w: closed_form(vit, space, batch, labels, w)),
+        "cls rows": watched("cls rows", lambda w: cls_rows(vit, batch, labels, w)),
+        "every token": watched(
+            "every token", lambda w: every_token(vit, batch[:1], labels[:1], timed, w)
+        ),
     }
     seconds = time_in_turn(tasks, rounds, device)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    # For each image a forward pass, and a backward pass for each token of each block.
-    few_s = statistics.median(backward_s[1:])
-    median["every token"] += few_s * (count / len(timed) - 1)
-    median["every token"] *= images
+    whole = {way: statistics.median(values) for way, values in seconds.items()}
+    part = {way: statistics.median(values[1:]) for way, values in alone.items()}
+    # For each image a pass, and a backward pass for each token of each block.
+    pass_s = whole["every token"] - part["every token"]
+    part["every token"] *= images * count / len(timed)
+    whole["every token"] = images * pass_s + part["every token"]
     return [
         {
             "way": way,
             "model": model,
             "images": images,
-            "seconds": round(taken, 4),
-            "of_forward": round(taken / median["forward"], 3),
-            "times_closed_form": round(taken / median["closed form"], 3),
-            "beyond_forward_seconds": round(taken - median["forward"], 4),
+            "seconds": round(whole[way], 4),
+            "of_forward": round(whole[way] / whole["forward"], 3),
+            "times_closed_form": round(whole[way] / whole["closed form"], 3),
+            "attribution_seconds": round(part[way], 4),
+            "attribution_times_closed_form": round(part[way] / part["closed form"], 3),
             "extrapolated_from": f"1 image, {len(timed)} of {count} tokens, all blocks"
             if way == "every token"
             else "",
             "all_seconds": [round(value, 4) for value in seconds[way]],
         }
-        for way, taken in median.items()
+        for way in tasks
     ]
 
 
@@ -125,7 +152,7 @@ def forward(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def closed_form(
-    model: VisionTransformer, space: ClassSpace, images: Tensor, labels: Tensor
+    model: VisionTransformer, space: ClassSpace, images: Tensor, labels: Tensor, watch: Stopwatch
 ) -> Tensor:
     """Relevance in every block and head, [N, L, H, G]."""
     import torch
@@ -134,52 +161,53 @@ def closed_form(
     from classlens.extractor.models import predict
     from classlens.extractor.reducers.attribution import AttributionReducer
 
-    reducer, found, sites = AttributionReducer(model, space), [], {}
+    reducer, found, x = AttributionReducer(model, space), [], images
     with torch.inference_mode():
         for block, sites in walk(model, images, "corrected", reducer.sites):
-            found.append(reducer.head_relevance(block, sites, labels))
-        predict(model, sites["resid"])  # the forward pass does so too
+            attribute = partial(reducer.head_relevance, block, sites, labels)
+            found.append(watch(attribute))
+            x = sites["resid"]
+        predict(model, x)  # the forward pass does so too
         return torch.stack(found, dim=1)
 
 
-def cls_rows(model: VisionTransformer, images: Tensor, labels: Tensor) -> Tensor:
+def cls_rows(model: VisionTransformer, images: Tensor, labels: Tensor, watch: Stopwatch) -> Tensor:
     """The same by autograd, one backward pass a block."""
     import torch
     from torch.nn import functional as F
 
-    found = []
-    for attention, added in _blocks_with_graph(model, images):
+    def backward(attention: Tensor, added: Tensor) -> Tensor:
         loss = F.cross_entropy(_logits(model, added[:, 0]), labels, reduction="sum")
         [gradient] = torch.autograd.grad(loss, attention)
-        found.append(-gradient[:, :, 0, model.num_prefix_tokens :])
+        return -gradient[:, :, 0, model.num_prefix_tokens :]
+
+    found = [watch(partial(backward, *block)) for block in _blocks_with_graph(model, images)]
     return torch.stack(found, dim=1)
 
 
 def every_token(
-    model: VisionTransformer, images: Tensor, labels: Tensor, tokens: list[int], seconds_of: Any
-) -> tuple[Tensor, float]:
+    model: VisionTransformer, images: Tensor, labels: Tensor, tokens: list[int], watch: Stopwatch
+) -> Tensor:
     """The authors' way for one image and some tokens t, −∂ℓ_{b,t}/∂A_b[h, t, j].
 
-    Returns:
-        [L, len(tokens), H, T], and the seconds of the backward passes alone.
+    Only the backward passes are watched. [L, len(tokens), H, T].
     """
     import torch
     from torch.nn import functional as F
 
-    found, seconds = [], 0.0
+    def backward(attention: Tensor, losses: Tensor) -> Tensor:
+        gradients = (
+            torch.autograd.grad(losses[token], attention, retain_graph=True)[0] for token in tokens
+        )
+        rows = zip(gradients, tokens, strict=True)
+        return torch.stack([-gradient[0, :, token] for gradient, token in rows])
+
+    found = []
     for attention, added in _blocks_with_graph(model, images):
         logits = _logits(model, added[0])
         losses = F.cross_entropy(logits, labels.expand(len(logits)), reduction="none")
-        rows: list[Tensor] = []
-
-        def backward(losses: Tensor = losses, attention: Tensor = attention, rows=rows) -> None:
-            for token in tokens:
-                [gradient] = torch.autograd.grad(losses[token], attention, retain_graph=True)
-                rows.append(-gradient[0, :, token])
-
-        seconds += seconds_of(backward, str(images.device))
-        found.append(torch.stack(rows))
-    return torch.stack(found), seconds
+        found.append(watch(partial(backward, attention, losses)))
+    return torch.stack(found)
 
 
 def check(model: VisionTransformer, space: ClassSpace, images: Tensor, labels: Tensor) -> None:
@@ -188,11 +216,10 @@ def check(model: VisionTransformer, space: ClassSpace, images: Tensor, labels: T
     Raises:
         AssertionError: they differ.
     """
-    from classlens.bench.machine import seconds_of
-
-    expected = cls_rows(model, images, labels)
-    ours = closed_form(model, space, images, labels)
-    theirs, _ = every_token(model, images[:1], labels[:1], [0], seconds_of)
+    watch = Stopwatch(str(images.device))
+    expected = cls_rows(model, images, labels, watch)
+    ours = closed_form(model, space, images, labels, watch)
+    theirs = every_token(model, images[:1], labels[:1], [0], watch)
     theirs = theirs[:, 0, :, model.num_prefix_tokens :]
     for name, found, wanted in (("closed form", ours, expected), ("CLS", theirs, expected[0])):
         size = wanted.abs().amax(dim=(-2, -1), keepdim=True)

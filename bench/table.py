@@ -83,6 +83,8 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "seconds": ("s", ",.4g"),
         "of_forward": ("times the forward", ",.4g"),
         "times_closed_form": ("times the closed form", ",.4g"),
+        "attribution_seconds": ("attribution alone, s", ",.4g"),
+        "attribution_times_closed_form": ("times the closed form", ",.4g"),
         "extrapolated_from": ("extrapolated from", ""),
     },
     "query": {

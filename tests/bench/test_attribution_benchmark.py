@@ -8,7 +8,6 @@ from click.testing import CliRunner
 
 from classlens.bench import attribution
 from classlens.bench.commands import bench
-from classlens.bench.machine import seconds_of
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.models import load_subject
 
@@ -26,6 +25,8 @@ def test_rows_of_the_benchmark():
     assert list(rows) == ["forward", "closed form", "cls rows", "every token"]
     assert rows["closed form"]["times_closed_form"] == 1
     assert rows["forward"]["of_forward"] == 1
+    assert rows["forward"]["attribution_seconds"] == 0
+    assert 0 < rows["closed form"]["attribution_seconds"] < rows["closed form"]["seconds"]
     assert rows["every token"]["extrapolated_from"] == "1 image, 2 of 17 tokens, all blocks"
     # 17 backward passes of each of 3 images, one image and 2 tokens timed.
     assert rows["every token"]["seconds"] > 3 * min(rows["every token"]["all_seconds"])
@@ -47,9 +48,10 @@ def test_every_token_gives_the_gradient_of_that_tokens_loss():
     model_args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     subject = load_subject(ExtractConfig("vit_tiny_patch16_224", model_args, weights="random:0"))
     images, labels = torch.randn(1, 3, 32, 32), torch.tensor([3])
-    found, seconds = attribution.every_token(subject.model, images, labels, [0, 5], seconds_of)
+    watch = attribution.Stopwatch("cpu")
+    found = attribution.every_token(subject.model, images, labels, [0, 5], watch)
     assert found.shape == (2, 2, 3, 17)
-    assert seconds > 0
-    cls = attribution.cls_rows(subject.model, images, labels)
+    assert watch.seconds > 0
+    cls = attribution.cls_rows(subject.model, images, labels, watch)
     torch.testing.assert_close(found[:, 0, :, 1:], cls[0])
     assert not torch.allclose(found[:, 1], found[:, 0])
