@@ -269,9 +269,12 @@ class _Runner:
         if results is None:
             return {}, f"{target.run} has not been run"
         try:
-            return {c: measure.pick(results[c], **target.arguments) for c in CONVENTIONS}, ""
+            values = {c: measure.pick(results[c], **target.arguments) for c in CONVENTIONS}
         except LookupError as error:
             return {}, str(error.args[0])
+        if any(value is None for value in values.values()):  # as NaN and the like are kept in JSON
+            return {}, f"{target.run} has no such number"
+        return values, ""
 
     def kept(self, run: str, step: str, inputs: dict[str, Any] | None = None) -> Any | None:
         """The result of a step that is done, with these inputs where they are given."""

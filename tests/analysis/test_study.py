@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 
 import polars as pl
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from samples import sample, write_tar
 
 from classlens.analysis.identifiability import analyze_identifiability
-from classlens.analysis.study import runner
+from classlens.analysis.study import plan, runner
 from classlens.analysis.study.measures import MEASURES
 from classlens.analysis.study.parse import parse_study
 from classlens.analysis.study.plan import Target
@@ -82,28 +84,52 @@ tolerance = 0.1
 """
 
 
-@pytest.fixture
-def data(make_shards, tmp_path):
-    folder = make_shards((5, 3))[0].parent.parent
+def run(data, out, text=STUDY, **options):
+    return run_study(parse_study(text, "small.toml"), Place(data, out, "cpu"), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Data, output folder, result and lines said of the study, run once."""
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("out")
+    (data / "shards").mkdir()
+    write_tar(data / "shards/0.tar", [sample(i) for i in range(5)])
+    write_tar(data / "shards/1.tar", [sample(i) for i in range(5, 8)])
     model_args = {**SMALL, "num_classes": 10}
     made = load_subject(ExtractConfig("vit_tiny_patch16_224", model_args, "random:3"))
-    save_file(made.model.state_dict(), folder / "b.safetensors")
-    return folder
+    save_file(made.model.state_dict(), data / "b.safetensors")
+    said = []
+    return data, out, run(data, out, say=said.append), said
 
 
-def run(data, out, text=STUDY, **options):
-    place = Place(data, out, "cpu")
-    return run_study(parse_study(text, "small.toml"), place, **options)
+@pytest.fixture
+def data(finished):
+    return finished[0]
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of the finished study's output."""
+    return shutil.copytree(finished[1], tmp_path / "out")
+
+
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Pages take seconds to draw."""
+
+    def written(stores, page, *arguments, **options):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("a page")
+
+    monkeypatch.setattr("classlens.analysis.report.write_report", written)
 
 
 def states(result) -> dict[str, str]:
     return {outcome.step: outcome.state for outcome in result.outcomes}
 
 
-def test_one_failing_run_does_not_lose_the_others(data, tmp_path):
-    out = tmp_path / "out"
-    said = []
-    result = run(data, out, say=said.append)
+def test_one_failing_run_does_not_lose_the_others(finished):
+    _, out, result, said = finished
     assert states(result) == {
         "extract a": "done",
         "extract a-random": "done",
@@ -134,9 +160,8 @@ def test_one_failing_run_does_not_lose_the_others(data, tmp_path):
     assert "cannot probe" in verdicts["probe", 2].reason
 
 
-def test_numbers_are_those_of_the_analysis_in_both_conventions(data, tmp_path):
-    out = tmp_path / "out"
-    result = run(data, out)
+def test_numbers_are_those_of_the_analysis_in_both_conventions(finished):
+    _, out, result, _ = finished
     [rate] = [f for f in result.findings if f.target.id == "rate, a"]
     for convention in ("corrected", "vilas2023"):
         expected = analyze_identifiability(
@@ -149,9 +174,8 @@ def test_numbers_are_those_of_the_analysis_in_both_conventions(data, tmp_path):
         assert getattr(ours, convention) == change["change_rate"].item()
 
 
-def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    first = run(data, out)
+def test_what_is_done_is_not_done_again(finished, out, monkeypatch):
+    data, _, first, _ = finished
 
     def forbidden(*arguments, **options):
         raise AssertionError("done again")
@@ -164,9 +188,7 @@ def test_what_is_done_is_not_done_again(data, tmp_path, monkeypatch):
     assert again.findings == first.findings
 
 
-def test_a_changed_setting_is_noticed(data, tmp_path):
-    out = tmp_path / "out"
-    run(data, out)
+def test_a_changed_setting_is_noticed(data, out, no_pages):
     result = run(data, out, STUDY.replace('"random:2"', '"random:5"'))
     assert states(result)["extract a-random"] == "failed"  # the store has other weights
     assert states(result)["extract a"] == "done"
@@ -176,15 +198,13 @@ def test_a_changed_setting_is_noticed(data, tmp_path):
     assert kept["inputs"]["permutations"] == 30
 
 
-def test_a_store_that_is_gone_is_made_again(data, tmp_path):
-    out = tmp_path / "out"
-    run(data, out)
+def test_a_store_that_is_gone_is_made_again(data, out, tmp_path, no_pages):
     (out / "stores/b").rename(tmp_path / "elsewhere")
     assert states(run(data, out))["extract b"] == "done"
     assert verify(out / "stores/b") == []
 
 
-def test_only_one_run(data, tmp_path):
+def test_only_one_run(data, tmp_path, no_pages):
     out = tmp_path / "out"
     result = run(data, out, only="b")
     done = {step for step, state in states(result).items() if state == "done"}
@@ -197,11 +217,13 @@ def test_only_one_run(data, tmp_path):
         run(data, out, only="c")
 
 
-def test_settings_that_classlens_does_not_have_fail_their_run_alone(data, tmp_path):
-    text = STUDY.replace('weights = "random:2"', 'intervene = "unheard-of"')
-    result = run(data, tmp_path / "out", text)
-    assert states(result)["extract a-random"] == "failed"
-    assert states(result)["extract a"] == "done"
+def test_settings_that_classlens_does_not_have_fail_their_run_alone(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(plan.SETTINGS, "from_tomorrow", str)
+    text = STUDY.replace('weights = "random:2"', 'from_tomorrow = "x"')
+    result = run(data, tmp_path / "out", text, only="a-random")
+    failed = next(o for o in result.outcomes if o.step == "extract a-random")
+    assert (failed.state, failed.exit_code) == ("failed", 2)
+    assert "cannot extract with from_tomorrow" in failed.note
 
 
 ROWS = [
@@ -292,8 +314,8 @@ def test_the_frame_has_a_row_for_every_target():
     assert json.loads(frame["arguments"][0]) == {"block": 1}
 
 
-def test_the_command_ends_with_table_parquet_and_page(data, tmp_path):
-    file, out = data / "small.toml", tmp_path / "out"
+def test_the_command_ends_with_table_parquet_and_page(data, out):
+    file = data / "small.toml"
     file.write_text(STUDY)
     done = CliRunner().invoke(cli, ["study", str(file), "--out", str(out), "--device", "cpu"],
                               standalone_mode=False)  # fmt: skip
