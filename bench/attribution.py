@@ -238,10 +238,11 @@ def _blocks_with_graph(model: VisionTransformer, images: Tensor) -> Any:
         leaves.append(scores.softmax(dim=-1).detach().requires_grad_())
         return leaves[-1] @ value
 
-    def detached(block: Any, x: Tensor, wanted: Any) -> dict[str, Tensor]:
-        return block_sites(block, x.detach(), wanted, attend)
+    def detached(block: Any, x: Tensor, *others: Any) -> dict[str, Tensor]:
+        return block_sites(block, x.detach(), *others)
 
-    for _, sites in walk(model, images, "corrected", frozenset({"attn"}), detached):
+    attends = [attend] * len(model.blocks)
+    for _, sites in walk(model, images, "corrected", frozenset({"attn"}), detached, attends):
         yield leaves.pop(), sites["attn"]
 
 

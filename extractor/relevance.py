@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import zarr
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from classlens.extractor.blocks import block_sites, walk
+from classlens.extractor.blocks import walk
 from classlens.extractor.models import predict
 from classlens.extractor.pictures import Pictures
 from classlens.extractor.prepare import Prepared
@@ -171,9 +170,9 @@ def _attention_maps(model: VisionTransformer, images: Tensor) -> tuple[list[Tens
         maps.append(attention)
         return attention @ value
 
-    sites_of = partial(block_sites, attend=attend)
     x = None
-    for _, sites in walk(model, images, "corrected", frozenset(), sites_of):
+    attends = [attend] * len(model.blocks)
+    for _, sites in walk(model, images, "corrected", frozenset(), attends=attends):
         x = sites["resid"]
     assert x is not None
     return maps, x

@@ -1,7 +1,5 @@
 """The closed form against autograd through a dense attention matrix, block by block and stored."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from variants import GAP, SMALL, VARIANTS, config
 
-from classlens.extractor.blocks import block_sites, walk
+from classlens.extractor.blocks import walk
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError, UsageError
 from classlens.extractor.models import Subject, class_space, load_subject
@@ -68,7 +66,7 @@ def by_autograd(model, images, labels, convention) -> torch.Tensor:
         return leaves[-1] @ value
 
     final = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    blocks = walk(model, images, convention, sites_of=partial(block_sites, attend=attend))
+    blocks = walk(model, images, convention, attends=[attend] * len(model.blocks))
     found = []
     for _, sites in blocks:
         logits = model.head(final(sites["attn"][:, 0]))
