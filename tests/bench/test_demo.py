@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import islice
 
 import numpy as np
 import polars as pl
@@ -31,7 +32,8 @@ def out(tmp_path_factory):
     return folder
 
 
-def test_every_number_of_the_demo_equals_the_specification(out):
+@pytest.mark.parametrize("batches", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_every_number_of_the_demo_equals_the_specification(out, batches):
     config = demo_config(str(WEIGHTS))
     subject = load_subject(config)
     scorer = Scorer(subject, [], dtype=torch.float32, device="cpu", convention="corrected")
@@ -41,7 +43,7 @@ def test_every_number_of_the_demo_equals_the_specification(out):
     units = pl.read_parquet(store / "units.parquet").select("unit", "shard")
     manifest = pl.read_parquet(store / "manifest.parquet").join(units, on="unit")
     assert manifest.height == 500
-    for rows in manifest.sort("image").iter_slices(config.batch_size):
+    for rows in islice(manifest.sort("image").iter_slices(config.batch_size), batches):
         images = [Image.open(io.BytesIO(data)) for data in _image_bytes(rows)]
         pixels = np.stack([np.asarray(subject.geometry.crop(image)) for image in images])
         labels = torch.from_numpy(rows["label"].to_numpy().copy()).long()
