@@ -111,7 +111,7 @@ def color_of(streams: dict[str, str]) -> alt.Color:
 
 
 def faceted(panel: Any, columns: list[str], rows: list[str]) -> alt.FacetChart:
-    """The panel for each value of the fields ``column`` and ``row`` of its data, in this order."""
+    """A layered chart for each value of its data's fields ``column`` and ``row``, in this order."""
     titles: dict[str, Any] = {
         "labelFontSize": 13,
         "labelColor": "#222",
@@ -127,14 +127,14 @@ def faceted(panel: Any, columns: list[str], rows: list[str]) -> alt.FacetChart:
 
 
 def difference_chart(frame: pl.DataFrame, *, title: str, ahead: str, color: str) -> Any:
-    """A difference for each block with its interval, and a line at 0.
+    """A layered chart: a difference for each block with its interval, and a line at 0.
 
     Args:
         frame: columns block, delta, low, high, p_value, q_value; with ``null``, a grey tick stands
             at this value. Filled points: q < 0.05 (p where there is no q).
         title: of the vertical axis. ahead: what filled points say, for the legend.
     """
-    signs = [f"{ahead}, {p_or_q(frame)} < {LEVEL}", "not significant"]
+    signs = [f"{ahead}, {p_or_q(frame)} < {LEVEL}", "not significantly ahead"]
     rows = frame.with_columns(
         significance=pl.when(significant()).then(pl.lit(signs[0])).otherwise(pl.lit(signs[1]))
     )

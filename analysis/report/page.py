@@ -6,6 +6,7 @@ page's content security policy forbids any request.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from classlens.analysis import plot_style, plots
 from classlens.analysis.class_context import with_masks
@@ -36,6 +37,7 @@ from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
 from classlens.analysis.report.probes import ProbePart, make_probe_part, stores_probed
+from classlens.analysis.report.writing import Writing, make_writing
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.config import intervention_text
 from classlens.extractor.errors import ShardError, UsageError
@@ -49,9 +51,10 @@ class Section:
     aspect: height over width of the pixels that the patches cover. facts: name and value of what
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
-    figures. relevance: attribution laid on pictures, of a store that has it. missing_pictures: why
-    there are no pictures, else empty. memories: None where the store holds none. probe: None where
-    there is no probe store of this model.
+    figures. writing: what attention and MLP do, its charts among the charts. relevance: attribution
+    laid on pictures, of a store that has it. missing_pictures: why there are no pictures, else
+    empty. memories: None where the store holds none. probe: None where there is no probe store of
+    this model.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Section:
     rates: pl.DataFrame
     charts: dict[str, Markup]
     blocks: list[dict[str, Any]]
+    writing: Writing
     pictures: list[Picture]
     relevance: list[RelevancePicture]
     missing_pictures: str
@@ -165,6 +169,8 @@ def _section(
             f"Class-minus-context difference over the blocks of {name}; the numbers are in the "
             "table below.",
         )
+    writing = make_writing(store, name, permutations=result.permutations, seed=result.seed)
+    charts |= {key: _figure(chart, text) for key, (chart, text) in writing.charts.items()}
     pictures, relevance, missing = [], [], ""
     if n_images:
         try:
@@ -181,6 +187,7 @@ def _section(
         rates=_rates(name, result),
         charts=charts,
         blocks=_block_rows(result),
+        writing=writing,
         pictures=pictures,
         relevance=relevance,
         missing_pictures=missing,
@@ -307,9 +314,15 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["code"] = _code
     return environment
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     """A number with a true minus sign; an en dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence whose parts between backticks are code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
