@@ -14,6 +14,8 @@ from classlens.extractor.errors import UsageError
 from classlens.extractor.schema import RELEVANCE_METHODS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import polars as pl
     from rich.table import Table
 
@@ -70,7 +72,7 @@ def perturb(store: Path, out: Path, as_json: bool, **options: Any) -> None:
     from classlens.analysis.perturbation import require_suffix, write_result
 
     require_suffix(out)
-    answers, result = _run(store, **options)
+    answers, result = run_perturbation(store, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_result(out, answers, result)
     if as_json:
@@ -80,18 +82,19 @@ def perturb(store: Path, out: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"written to {out}")
 
 
-def _run(
+def run_perturbation(
     store: Path,
     *,
-    methods: tuple[str, ...],
-    convention: str,
-    blocks: str | None,
-    images: int | None,
-    steps: int | None,
-    batch_size: int,
-    device: str | None,
-    seed: int,
+    methods: Sequence[str] = RELEVANCE_METHODS,
+    convention: str = "corrected",
+    blocks: str | None = None,
+    images: int | None = None,
+    steps: int | None = None,
+    batch_size: int = BATCH_IMAGES,
+    device: str | None = None,
+    seed: int = 0,
 ) -> tuple[pl.DataFrame, PerturbationResult]:
+    """The perturbation test on a store, as the command's options say: every answer, the summary."""
     import torch
 
     from classlens.analysis.perturbation import summarise

@@ -60,6 +60,9 @@ def demo_data(out: Path) -> Path:
     if not (out / "shards").exists():
         with bar("Drawing images") as progress:
             draw_shards(out / "shards", progress)
+    if not (out / "train-shards").exists():
+        with bar("Drawing training images") as progress:
+            draw_shards(out / "train-shards", progress, split="train", per_class=10)
     if not (out / WEIGHTS.name).exists():
         shutil.copyfile(WEIGHTS, out / WEIGHTS.name)
     return out

@@ -61,6 +61,58 @@ def identifiability(subject: Subject, convention: str) -> Result:
     ).to_json()
 
 
+def sublayers(subject: Subject, convention: str) -> Result:
+    """Paper §4.3; see `classlens.analysis.sublayers`."""
+    from classlens.analysis.sublayers import analyze_sublayers
+
+    return analyze_sublayers(
+        subject.store,
+        convention=convention,  # pyright: ignore[reportArgumentType]
+        permutations=subject.permutations,
+        seed=subject.seed,
+    ).to_json()
+
+
+def memories(subject: Subject, convention: str) -> Result:
+    """Paper §4.3; see `classlens.analysis.memories`."""
+    from classlens.analysis.memories import analyze_memories
+
+    return analyze_memories(
+        subject.store,
+        convention=convention,  # pyright: ignore[reportArgumentType]
+        permutations=subject.permutations,
+        seed=subject.seed,
+    ).to_json()
+
+
+def values(subject: Subject, convention: str) -> Result:
+    """Paper §4.3, of the weights alone and the same in both conventions; see
+    `classlens.analysis.values`."""
+    from classlens.analysis.values import analyze_values
+    from classlens.extractor.schema import read_attributes
+
+    config = read_attributes(subject.store)["config"]
+    return analyze_values(
+        config["model"],
+        weights=config["weights"],
+        model_args=config["model_args"],
+        seed=subject.seed,
+    ).to_json()
+
+
+def interventions(subject: Subject, convention: str) -> Result:
+    """Paper §4.2; see `classlens.analysis.interventions`."""
+    from classlens.analysis.interventions import analyze_interventions
+
+    assert subject.original is not None, "a perturbed run names the run that it perturbs"
+    return analyze_interventions(
+        subject.original,
+        [subject.store],
+        convention=convention,  # pyright: ignore[reportArgumentType]
+        seed=subject.seed,
+    ).to_json()
+
+
 def identifiability_rate(result: Result) -> float:
     """Image tokens with rank 0 in the last block, mean over images, in %."""
     return _row(result["rate"], source="model")["rate"]
@@ -143,7 +195,13 @@ def _measure(pick: Callable[..., float], analysis: str) -> Measure:
     return Measure(analysis, pick, tuple(a.name for a in arguments), required)
 
 
-ANALYSES: dict[str, Callable[[Subject, str], Result]] = {"identifiability": identifiability}
+ANALYSES: dict[str, Callable[[Subject, str], Result]] = {
+    "identifiability": identifiability,
+    "sublayers": sublayers,
+    "memories": memories,
+    "values": values,
+    "interventions": interventions,
+}
 
 MEASURES: dict[str, Measure] = {
     "identifiability_rate": _measure(identifiability_rate, "identifiability"),

@@ -57,6 +57,13 @@ def parse_study(text: str, file: str) -> Study:
     return _Parser(text, file, document).study()
 
 
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "perturb": {"methods": list[str], "images": int, "steps": int},
+    "probe": {"train": list[str], "per_class": int, "alpha": float},
+}
+"""What `classlens perturb` and `classlens probe` are given besides their store."""
+
+
 class _Parser:
     """One document; knows where its entries stand."""
 
@@ -156,8 +163,9 @@ class _Parser:
         self, kind: Literal["perturb", "probe"], place: int, entry: dict[str, Any], runs: set[str]
     ) -> Step:
         options = {key: value for key, value in entry.items() if key not in ("name", "of")}
-        head = {key: value for key, value in entry.items() if key in ("name", "of")}
-        self.check(kind, place, head, {"name": str, "of": str}, required=("name", "of"))
+        known = {"name": str, "of": str} | STEP_OPTIONS[kind]
+        required = ("name", "of", "train") if kind == "probe" else ("name", "of")
+        self.check(kind, place, entry, known, required)
         if entry["of"] not in runs:
             self.refuse(kind, place, f"is of {entry['of']!r}, which is no run")
         if entry["name"] in runs:

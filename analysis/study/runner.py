@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +76,16 @@ class Place:
 
     def shards(self, run: Run, packs: tuple[Pack, ...]) -> list[str]:
         """Shard arguments of a run."""
+        return self.shard_arguments(run.shards, packs)
+
+    def shard_arguments(self, shards: Sequence[str], packs: tuple[Pack, ...]) -> list[str]:
+        """Shards as a study names them -> as `extract` does."""
         packed = {PACKED + pack.name: str(self.packed(pack)) for pack in packs}
-        return [packed.get(shard) or str(self.data / shard) for shard in run.shards]
+        return [packed.get(shard) or str(self.data / shard) for shard in shards]
+
+    def answers(self, step: str) -> Path:
+        """The answers of a perturbation test."""
+        return self.out / "results" / f"{step}.parquet"
 
     def packed(self, pack: Pack) -> Path:
         """The shards of a pack step: those in the data folder where there are some."""
@@ -207,13 +215,61 @@ class _Runner:
         return f"{good:,} of {done['images']:,} images"
 
     def step(self, step: Step) -> str:
-        raise UsageError(f"This classlens cannot {step.kind}; upgrade it.")
+        store = self.place.store(step.of)
+        if not _complete(store):
+            raise UsageError(f"{step.of} has not been run.")
+        inputs = {
+            "store": _fingerprint(store),
+            "options": dict(step.options),
+            "seed": self.study.seed,
+            "classlens": version("classlens"),
+        }
+        if self.kept(step.name, step.kind, inputs) is None:
+            work = self.perturb if step.kind == "perturb" else self.probe
+            self.keep(step.name, step.kind, inputs, work(step, store))
+        return ""
+
+    def perturb(self, step: Step, store: Path) -> dict[str, Any]:
+        from classlens.analysis.commands_perturb import run_perturbation
+        from classlens.analysis.perturbation import write_result
+
+        results = {}
+        for convention in CONVENTIONS:
+            options = dict(step.options)
+            if convention == "vilas2023":  # every number of patches, in their areas
+                options.pop("steps", None)
+            answers, result = run_perturbation(
+                store,
+                convention=convention,
+                device=self.place.device,
+                seed=self.study.seed,
+                **options,
+            )
+            if convention == "corrected":
+                write_result(self.place.answers(step.name), answers, result)
+            results[convention] = result.to_json()
+        return results
+
+    def probe(self, step: Step, store: Path) -> dict[str, Any]:
+        from classlens.analysis.probes import compare_probe
+        from classlens.extractor.probe_run import prepare_probe, probe
+
+        run = self.study.run(step.of)
+        options = dict(step.options)
+        train = self.place.shard_arguments(options.pop("train"), self.study.packs)
+        # A probe has no class embedding: what is projected onto one stays away.
+        config = replace(self.place.config(run), reduce=(), per_head=False, certify=False)
+        prepared = prepare_probe(config, train, self.place.shards(run, self.study.packs), **options)
+        with bar(f"Probing {step.of}") as progress:
+            probe(prepared, self.place.store(step.name), progress)
+        comparison = compare_probe(store, self.place.store(step.name), seed=self.study.seed)
+        return {name: {"comparison": comparison.to_dicts()} for name in CONVENTIONS}
 
     def analyses(self, run: Run) -> list[str]:
         """The analyses that a run's targets need, and those of its page."""
         measured = (MEASURES[t.measure].analysis for t in self.study.targets if t.run == run.name)
-        wanted = dict.fromkeys(("identifiability", *measured))
-        return [name for name in wanted if name in ANALYSES]
+        own = "interventions" if run.perturbed_of else "identifiability"
+        return [name for name in dict.fromkeys((own, *measured)) if name in ANALYSES]
 
     def analyse(self, run: Run, name: str) -> str:
         subject, inputs = self.subject(run)
@@ -244,6 +300,13 @@ class _Runner:
         from classlens.analysis.report import write_report
 
         subject, inputs = self.subject(run)
+        tests, probes = self.steps_done(run, "perturb"), self.steps_done(run, "probe")
+        perturbed = [
+            self.place.store(other.name)
+            for other in self.study.runs
+            if other.perturbed_of == run.name and self.kept(other.name, "extract") is not None
+        ]
+        inputs |= {"steps": [*tests, *probes], "perturbed": [_fingerprint(p) for p in perturbed]}
         page = self.place.page(run.name)
         if self.kept(run.name, "page", inputs) is None or not page.exists():
             with status(f"Drawing {run.name}"):
@@ -251,11 +314,19 @@ class _Runner:
                     [subject.store],
                     page,
                     subject.control,
+                    perturbed=perturbed,
+                    perturbations=[self.place.answers(step) for step in tests],
+                    probe=self.place.store(probes[0]) if probes else None,
                     permutations=subject.permutations,
                     seed=subject.seed,
                 )
             self.keep(run.name, "page", inputs, {"page": page.name})
         return str(page)
+
+    def steps_done(self, run: Run, kind: str) -> list[str]:
+        """Steps of a kind that have a result of this run."""
+        of_run = [s.name for s in self.study.steps if (s.of, s.kind) == (run.name, kind)]
+        return [name for name in of_run if self.kept(name, kind) is not None]
 
     def measured(self, target: Target) -> tuple[dict[str, float], str]:
         """A target's number in each convention, and why there is none."""
