@@ -260,8 +260,8 @@ def _cosine_table(result: ValuesResult, sublayer: str) -> Table:
 def _classes_table(model: str, frame: pl.DataFrame) -> Table:
     first = frame.row(0, named=True)
     shown = new_table(
-        f"Classes of value vectors, {TITLES[first['sublayer']]} of block {first['block']}",
-        f"{model}; products E·v, neither normalised",
+        f"Value vectors of {TITLES[first['sublayer']]}, block {first['block']}",
+        f"{model}; their top classes by E·v, neither normalised",
         ["value vector", "product", "class", "name"],
     )
     shown.columns[-1].justify = "left"

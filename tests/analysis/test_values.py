@@ -150,7 +150,7 @@ def test_the_command_on_single_value_vectors(subject):
     assert [(row["block"], row["neuron"]) for row in found] == [(2, 7)] * 3 + [(0, 1)] * 3
     shown = run("--block", "1", "--top", "2", "--sublayer", "attn")
     assert shown.exit_code == 0, shown.output
-    assert "attention of block 1" in shown.output
+    assert "Value vectors of attention, block 1" in shown.output
     found = json.loads(run("--block", "1", "--top", "2", "--json").stdout)
     assert [row["neuron"] for row in found[::5]] == strongest(subject, 1, top=2)
 
