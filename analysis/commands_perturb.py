@@ -209,16 +209,16 @@ def _area_table(result: PerturbationResult) -> Table:
 def _difference_table(result: PerturbationResult) -> Table:
     import polars as pl
 
-    table = _table("Differences of the areas, the same images", "first − second")
-    for name in ("first", "second"):
-        table.add_column(name)
+    table = _table("Differences of the areas", "on the same images; [ ]: 95% bootstrap interval")
+    table.add_column("first − second")
     tests = result.auc["test"].unique(maintain_order=True).to_list()
     for test in tests:
-        table.add_column(f"{test} test", justify="right")
+        table.add_column(f"{test} test", justify="right", no_wrap=True)
     pairs = result.differences.group_by("first", "second", maintain_order=True)
     for (first, second), rows in pairs:
         of_test = [rows.row(by_predicate=pl.col("test") == test, named=True) for test in tests]
-        table.add_row(str(first), str(second), *(_shown(r, "difference", "+") for r in of_test))
+        shown = (_shown(row, "difference", "+") for row in of_test)
+        table.add_row(f"{first} − {second}", *shown)
     return table
 
 
