@@ -90,8 +90,8 @@ def color_of(streams: dict[str, str]) -> alt.Color:
     return alt.Color("color:N", scale=scale, legend=None)
 
 
-def faceted(panel: alt.LayerChart, columns: list[str], rows: list[str]) -> alt.FacetChart:
-    """The panel for each value of the fields ``column`` and ``row`` of its data, in this order."""
+def faceted(panel: Any, columns: list[str], rows: list[str]) -> alt.FacetChart:
+    """A layered chart for each value of its data's fields ``column`` and ``row``, in this order."""
     titles: dict[str, Any] = {
         "labelFontSize": 13,
         "labelColor": "#222",
@@ -106,15 +106,15 @@ def faceted(panel: alt.LayerChart, columns: list[str], rows: list[str]) -> alt.F
     )
 
 
-def difference_chart(frame: pl.DataFrame, *, title: str, ahead: str, color: str) -> alt.LayerChart:
-    """A difference for each block with its interval, and a line at 0.
+def difference_chart(frame: pl.DataFrame, *, title: str, ahead: str, color: str) -> Any:
+    """A layered chart: a difference for each block with its interval, and a line at 0.
 
     Args:
         frame: columns block, delta, low, high, p_value, q_value; with ``null``, a grey tick stands
             at this value. Filled points: q < 0.05 (p where there is no q).
         title: of the vertical axis. ahead: what filled points say, for the legend.
     """
-    signs = [f"{ahead}, {p_or_q(frame)} < {LEVEL}", "not significant"]
+    signs = [f"{ahead}, {p_or_q(frame)} < {LEVEL}", "not significantly ahead"]
     rows = frame.with_columns(
         significance=pl.when(significant()).then(pl.lit(signs[0])).otherwise(pl.lit(signs[1]))
     )

@@ -99,7 +99,7 @@ def evolution_chart(evolution: pl.DataFrame) -> alt.FacetChart:
         .encode(x=block_axis(evolution), y=alt.datum(1.05))
         .transform_filter(alt.datum.star),
         data=rows,
-    ).properties(width=262, height=175)
+    ).properties(width=262 if len(streams) < 4 else 190, height=175)
     return styled(
         faceted(
             panel,

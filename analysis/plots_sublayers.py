@@ -83,34 +83,26 @@ def sublayer_rate_chart(change_rate: pl.DataFrame) -> alt.FacetChart:
     return styled(faceted(panel, columns=columns, rows=groups))
 
 
-def sublayer_context_chart(context: pl.DataFrame) -> alt.HConcatChart:
+def sublayer_context_chart(context: pl.DataFrame) -> alt.ConcatChart:
     """Change of the label logit in class-labelled less context tokens, a panel a sublayer.
 
     Args:
         context: ``sublayer_context`` of one convention, not empty.
     """
-    return _difference_panels(
-        context,
-        by="sublayer",
-        title="Δ change of label logit, class − context",
-        ahead="class ahead",
-        width=400,
-    )
+    title = "Δ change of label logit, class − context"
+    panels = _difference_panels(context, "sublayer", title, "class ahead")
+    return styled(panels.resolve_scale(fill="independent", y="independent"))
 
 
-def correct_minus_wrong_chart(difference: pl.DataFrame) -> alt.HConcatChart:
+def correct_minus_wrong_chart(difference: pl.DataFrame) -> alt.ConcatChart:
     """Identifiability of CLS in correct less wrong images, a panel a stream.
 
     Args:
         difference: ``cls_correct_minus_wrong`` of one convention, not empty.
     """
-    return _difference_panels(
-        difference,
-        by="stream",
-        title="Δ identifiability r of CLS, correct − wrong",
-        ahead="correct ahead",
-        width=255,
-    )
+    title = "Δ identifiability r of CLS, correct − wrong"
+    panels = _difference_panels(difference, "stream", title, "correct ahead")
+    return styled(panels.resolve_scale(fill="independent", y="shared"))
 
 
 def composition_chart(composition: pl.DataFrame) -> alt.FacetChart:
@@ -152,14 +144,17 @@ def composition_chart(composition: pl.DataFrame) -> alt.FacetChart:
     return styled(faceted(panel, columns=groups, rows=[""]))
 
 
-def _difference_panels(
-    frame: pl.DataFrame, *, by: str, title: str, ahead: str, width: int
-) -> alt.HConcatChart:
-    """One :func:`difference_chart` beside the other, by a column that names a stream."""
+def _difference_panels(frame: pl.DataFrame, by: str, title: str, ahead: str) -> alt.ConcatChart:
+    """A :func:`difference_chart` for each value of a column that names a stream."""
+    streams = frame[by].unique(maintain_order=True).to_list()
+    in_row = 3 if len(streams) == 3 else 2
     panels = [
         difference_chart(
-            rows, title=title if place == 0 else "", ahead=ahead, color=STREAM_COLORS[stream]
-        ).properties(width=width, height=210, title=STREAM_TITLES[stream])
-        for place, ((stream,), rows) in enumerate(frame.group_by(by, maintain_order=True))
+            frame.filter(pl.col(by) == stream),
+            title=title if place % in_row == 0 else "",
+            ahead=ahead,
+            color=STREAM_COLORS[stream],
+        ).properties(width=255 if in_row == 3 else 400, height=210, title=STREAM_TITLES[stream])
+        for place, stream in enumerate(streams)
     ]
-    return styled(alt.hconcat(*panels, spacing=30).resolve_scale(fill="independent"))
+    return alt.concat(*panels, columns=in_row, spacing=30)

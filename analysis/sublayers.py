@@ -57,7 +57,7 @@ def missing_sublayers(streams: Sequence[str], convention: Convention) -> dict[st
     for sublayer in SUBLAYERS:
         baseline = baseline_of(sublayer, convention)
         wanted = [s for s in STREAMS if s in {"resid", *streams, sublayer, baseline}]
-        remedy = f"extract one with `--streams {','.join(wanted)}`."
+        remedy = f"extract a store with `--streams {','.join(wanted)}`."
         if sublayer not in streams:
             reasons[sublayer] = f"The store lacks the stream {sublayer}; {remedy}"
         elif baseline not in streams:

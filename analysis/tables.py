@@ -54,7 +54,7 @@ def analyse_and_show(
     """Runs an analysis in the wanted conventions, and prints its tables and notes, or JSON."""
     from classlens.analysis.frames import CONVENTIONS
 
-    wanted = [name for name in CONVENTIONS if convention in (name, "both")]
+    wanted: list[Convention] = [name for name in CONVENTIONS if convention in (name, "both")]
     with status("Analysing"):
         results = [analyse(name) for name in wanted]
     if as_json:

@@ -6,6 +6,7 @@ page's content security policy forbids any request.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from classlens.analysis import plot_style, plots
 from classlens.analysis.class_context import with_masks
@@ -27,6 +28,7 @@ from classlens.analysis.identifiability import (
     rate,
 )
 from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
+from classlens.analysis.report.writing import Writing, make_writing
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.errors import ShardError, UsageError
 from classlens.extractor.schema import Layout, read_attributes
@@ -39,7 +41,8 @@ class Section:
     aspect: height over width of the pixels that the patches cover. facts: name and value of what
     was done to get the store. result: of the ``corrected`` convention. rates: of both conventions,
     a row for model and control each. charts: SVG by name. blocks: rows of the table behind the
-    figures. missing_pictures: why there are no pictures, else empty.
+    figures. writing: what attention and MLP do, its charts among the charts. missing_pictures: why
+    there are no pictures, else empty.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Section:
     rates: pl.DataFrame
     charts: dict[str, Markup]
     blocks: list[dict[str, Any]]
+    writing: Writing
     pictures: list[Picture]
     missing_pictures: str
 
@@ -85,7 +89,7 @@ def write_report(
         sections.append(_section(name, result, n_images))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
-    template = _environment().from_string(_asset("template.html"))
+    template = _environment().get_template("template.html")
     page = template.render(
         sections=sections,
         rates=rates.to_dicts(),
@@ -129,6 +133,8 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
             f"Class-minus-context difference over the blocks of {name}; the numbers are in the "
             "table below.",
         )
+    writing = make_writing(store, name, permutations=result.permutations, seed=result.seed)
+    charts |= {key: _figure(chart, text) for key, (chart, text) in writing.charts.items()}
     pictures, missing = [], ""
     if n_images:
         try:
@@ -144,6 +150,7 @@ def _section(name: str, result: IdentifiabilityResult, n_images: int) -> Section
         rates=_rates(name, result),
         charts=charts,
         blocks=_block_rows(result),
+        writing=writing,
         pictures=pictures,
         missing_pictures=missing,
     )
@@ -244,12 +251,22 @@ def _asset(name: str) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_asset),
     )
     environment.filters["number"] = _number
+    environment.filters["code"] = _code
     return environment
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     """A number with a true minus sign; an en dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence whose parts between backticks are code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))

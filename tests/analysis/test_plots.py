@@ -1,11 +1,11 @@
-"""plots.py: axis titles, chance, marks of significance, colours; static and self-contained SVG."""
+"""plots.py, plots_sublayers.py: axis titles, chance, marks of significance; self-contained SVG."""
 
 import re
 
 import polars as pl
 import pytest
 
-from classlens.analysis import plots
+from classlens.analysis import plot_style, plots, plots_sublayers
 
 BLOCKS = range(4)
 Q_VALUES = [0.5, 0.01, 0.2, 0.001]
@@ -69,16 +69,66 @@ def context(q_values=Q_VALUES):
     )
 
 
+def sublayer_rates(*, mid=True, groups=("cls", "patch")):
+    lines = [("corrected", "attn", "resid"), ("vilas2023", "attn", "resid")]
+    lines += [("vilas2023", "mlp", "resid"), *([("corrected", "mlp", "mid")] if mid else [])]
+    return pl.DataFrame(
+        [
+            {
+                "convention": convention,
+                "sublayer": sublayer,
+                "baseline": baseline,
+                "group": group,
+                "block": block,
+                "change_rate": 0.6,
+                "low": 0.5,
+                "high": 0.7,
+            }
+            for convention, sublayer, baseline in lines
+            for group in groups
+            for block in (1, 2, 3)
+        ]
+    )
+
+
+def differences(by, streams):
+    return pl.concat(
+        context().drop("null").with_columns(pl.lit(stream).alias(by)) for stream in streams
+    )
+
+
+PERCENT = {"prev": 40.0, "attn": 5.0, "mlp": 15.0, "several": 30.0, "comp": 10.0}
+
+
+def composition(groups=("all", "cls", "patch")):
+    rows = [
+        {"split": split, "group": group, "block": block, "source": source, "percent": percent}
+        for split, percents in {"overlapping": {"prev": 99.0}, "exclusive": PERCENT}.items()
+        for group in groups
+        for block in (1, 2, 3)
+        for source, percent in percents.items()
+    ]
+    return pl.DataFrame(rows)
+
+
 CHARTS = {
     "rate": lambda: plots.rate_chart(rates()),
     "evolution": lambda: plots.evolution_chart(evolution(control=True)),
     "change_rate": lambda: plots.change_rate_chart(change_rate()),
     "context": lambda: plots.context_chart(context()),
+    "sublayer_rate": lambda: plots_sublayers.sublayer_rate_chart(sublayer_rates()),
+    "sublayer_context": lambda: plots_sublayers.sublayer_context_chart(
+        differences("sublayer", ("attn", "mlp"))
+    ),
+    "composition": lambda: plots_sublayers.composition_chart(composition()),
+    "correct_wrong": lambda: plots_sublayers.correct_minus_wrong_chart(
+        differences("stream", ("resid", "attn", "mlp"))
+    ),
 }
 
 
 def svg(name):
-    return plots.to_svg(CHARTS[name](), f"The {name} chart")
+    return plot_style.to_svg(CHARTS[name](), f"The {name} chart")
 
 
 def texts(picture):
@@ -96,6 +146,15 @@ def words(picture):
         "evolution": ["identifiability r", "block (0-based)", "CLS token", "image tokens"],
         "change_rate": ["share of image tokens rising", "block (0-based)"],
         "context": ["Δ identifiability r, class − context", "block (0-based)"],
+        "sublayer_rate": [
+            "share of tokens rising",
+            "block (0-based)",
+            "CLS token",
+            "MLP output (mlp)",
+        ],
+        "sublayer_context": ["Δ change of label logit, class − context", "block (0-based)"],
+        "composition": ["% of tokens", "block (0-based)", "CLS token", "image tokens"],
+        "correct_wrong": ["Δ identifiability r of CLS, correct − wrong", "block (0-based)"],
     }.items(),
 )
 def test_axes_have_titles(name, titles):
@@ -117,7 +176,7 @@ def test_bars_carry_their_numbers_and_interval():
     assert "a &lt;model&gt;" in shown
 
 
-@pytest.mark.parametrize("name", ["evolution", "change_rate"])
+@pytest.mark.parametrize("name", ["evolution", "change_rate", "sublayer_rate"])
 def test_chance_is_a_dotted_line_at_one_half_and_named(name):
     chart = CHARTS[name]().to_dict()
     rows = [row for data in chart["datasets"].values() for row in data]
@@ -133,7 +192,7 @@ def test_stars_mark_blocks_with_small_q():
 
 def test_without_a_control_there_are_no_stars_and_no_control_in_the_legend():
     chart = plots.evolution_chart(evolution(control=False, groups=("patch",)))
-    shown = words(plots.to_svg(chart, ""))
+    shown = words(plot_style.to_svg(chart, ""))
     assert "★" not in shown
     assert "model" in shown
     assert "control (random weights)" not in shown
@@ -142,21 +201,62 @@ def test_without_a_control_there_are_no_stars_and_no_control_in_the_legend():
 
 def test_streams_keep_their_colours():
     picture = svg("evolution")
-    assert plots.STREAM_COLORS["resid"] in picture
-    assert plots.STREAM_COLORS["mlp"] in picture
-    assert plots.STREAM_COLORS["attn"] not in picture
+    assert plot_style.STREAM_COLORS["resid"] in picture
+    assert plot_style.STREAM_COLORS["mlp"] in picture
+    assert plot_style.STREAM_COLORS["attn"] not in picture
 
 
 def filled_points(picture, color):
     """Marks with the fill of significance; the legend has one of each kind too."""
-    return len(re.findall(rf'fill="{color}"[^>]*stroke="{plots.STREAM_COLORS["resid"]}"', picture))
+    return len(
+        re.findall(rf'fill="{color}"[^>]*stroke="{plot_style.STREAM_COLORS["resid"]}"', picture)
+    )
 
 
 @pytest.mark.parametrize(
     ("q_values", "significant", "name"), [(Q_VALUES, 2, "q"), ([None] * 4, 1, "p")]
 )
 def test_context_fills_significant_points_by_q_or_else_by_p(q_values, significant, name):
-    picture = plots.to_svg(plots.context_chart(context(q_values)), "")
-    assert filled_points(picture, plots.STREAM_COLORS["resid"]) == significant + 1
+    picture = plot_style.to_svg(plots.context_chart(context(q_values)), "")
+    assert filled_points(picture, plot_style.STREAM_COLORS["resid"]) == significant + 1
     assert filled_points(picture, "#FFFFFF") == 4 - significant + 1
     assert f"class ahead, {name} &lt; 0.05" in words(picture)
+
+
+def drawn_rows(chart):
+    return [row for data in chart.to_dict()["datasets"].values() for row in data]
+
+
+def test_attention_is_drawn_once_and_the_mlp_with_both_baselines():
+    rows = drawn_rows(CHARTS["sublayer_rate"]())
+    lines = {(row["color"], row["line"]) for row in rows if row["color"] != "chance"}
+    own, block = plots_sublayers.OWN_INPUT, plots_sublayers.BLOCK_INPUT
+    assert lines == {("attn", own), ("mlp", own), ("mlp", block)}
+    assert len(rows) == (3 + 2) * 2 * 3  # with chance in both panels
+
+
+def test_without_mid_the_mlp_has_the_published_baseline_only():
+    frame = sublayer_rates(mid=False, groups=("patch",))
+    rows = drawn_rows(plots_sublayers.sublayer_rate_chart(frame))
+    lines = {row["line"] for row in rows if row["color"] == "mlp"}
+    assert lines == {plots_sublayers.BLOCK_INPUT}
+    assert {row["row"] for row in rows} == {"image tokens"}
+
+
+def test_composition_draws_the_exclusive_split_of_cls_and_image_tokens():
+    rows = drawn_rows(CHARTS["composition"]())
+    assert {row["column"] for row in rows} == {"CLS token", "image tokens"}
+    for group in ("CLS token", "image tokens"):
+        for block in (1, 2, 3):
+            bar = [r for r in rows if (r["column"], r["block"]) == (group, block)]
+            assert [r["percent"] for r in bar] == list(PERCENT.values())
+            assert [r["order"] for r in bar] == list(range(5))
+    assert plot_style.STREAM_COLORS["mlp"] in svg("composition")
+
+
+def test_panels_of_differences_have_the_colours_of_their_streams():
+    picture = svg("correct_wrong")
+    for stream in ("resid", "attn", "mlp"):
+        assert plot_style.STREAM_COLORS[stream] in picture
+        assert plot_style.STREAM_TITLES[stream] in words(picture)
+    assert words(picture).count("correct ahead, q &lt; 0.05") == 3

@@ -16,10 +16,12 @@ from synthetic_store import make_layout, write_store
 
 from classlens.analysis.commands_analyze import analyze
 from classlens.analysis.commands_report import report
+from classlens.analysis.composition import analyze_composition
 from classlens.analysis.identifiability import analyze_identifiability
 from classlens.analysis.report import write_report
 from classlens.analysis.report.pictures import choose_images, make_pictures
 from classlens.analysis.scan import scan, scan_images
+from classlens.analysis.sublayers import analyze_sublayers
 from classlens.extractor.errors import UsageError
 from classlens.extractor.geometry import Geometry
 from classlens.extractor.schema import Status
@@ -48,7 +50,11 @@ def page(store, control, tmp_path_factory):
 def make_store(path, seed, *, shards=True, **layout):
     """A synthetic store with the attributes of a real one and, if wanted, shards it points to."""
     layout = make_layout(images_per_unit=UNITS, grid=GRID, classes=6, **layout)
-    store = write_store(path, layout, UNITS, bad={3: Status.UNDECODABLE}, seed=seed)
+    shape = (layout.images, layout.blocks, len(layout.streams), layout.tokens)
+    logit = np.random.default_rng(seed).normal(size=shape).astype(np.float16)
+    content = {"scores/label_logit": logit}
+    bad = {3: Status.UNDECODABLE}
+    store = write_store(path, layout, UNITS, bad=bad, seed=seed, content=content)
     group = json.loads((path / "zarr.json").read_text())
     group["attributes"]["classlens"] |= {
         "config": {
@@ -153,10 +159,11 @@ def test_every_section_is_there(page):
         "Evolution over the blocks",
         "Block change rate",
         "Class against context tokens",
+        "How attention and MLP write the class",
         "Pictures",
     ]
-    assert len(re.findall(r"<figcaption><b>|<figcaption>\n?<b>", page)) == 4
-    assert page.count('<svg role="img" aria-label="') == 4
+    assert len(re.findall(r"<figcaption><b>|<figcaption>\n?<b>", page)) == 8
+    assert page.count('<svg role="img" aria-label="') == 8
     assert page.count('<figure class="picture"') == 5
 
 
@@ -181,6 +188,56 @@ def test_numbers_are_those_of_the_analysis(store, control, page):
         assert f"{row['delta']:.4f}".replace("-", "−") in text
         assert f"{row['q_value']:.4f}" in text
     assert "n = 20 images" in text.replace("\xa0", " ")
+
+
+def shown_numbers(page):
+    """Rows of the tables behind the figures on sublayers, by caption."""
+    tables = {}
+    for caption, body in re.findall(
+        r"<caption>([^<]*)</caption>\n<thead>.*?<tbody>(.*?)</tbody>", page, re.S
+    ):
+        rows = re.findall(r"<tr>(.*?)</tr>", body, re.S)
+        cells = [re.findall(r">([^<>]*)</t[hd]>", row) for row in rows]
+        tables[caption] = [[cell.replace("−", "-") for cell in row] for row in cells]
+    return tables
+
+
+def test_numbers_behind_the_figures_on_sublayers(store, page):
+    shown = shown_numbers(page)
+    result = analyze_sublayers(store.path, permutations=20)
+    published = analyze_sublayers(store.path, convention="vilas2023").change_rate
+    rates = pl.concat([result.change_rate, published.filter(pl.col("sublayer") == "mlp")])
+    for row, block in zip(shown["Class-similarity change rate"], (1, 2), strict=True):
+        of_block = rates.filter(pl.col("block") == block)["change_rate"]
+        assert row == [str(block), *(f"{value:.3f}" for value in of_block)]
+    for row, block in zip(shown["Class − context, logit change"], (1, 2), strict=True):
+        of_block = result.context.filter(pl.col("block") == block)
+        assert row == [
+            str(block),
+            *(f"{v:.3f}" for v in of_block.select("delta", "q_value").row(0)),
+        ]
+    correct = result.correct_minus_wrong
+    for row in shown["CLS, correct − wrong images, Δ r"]:
+        of_block = correct.filter(pl.col("block") == int(row[0]))
+        pairs = of_block.select("delta", "q_value").rows()
+        assert row[1:] == [f"{value:.3f}" for pair in pairs for value in pair]
+    for row in shown["Residual composition, % of all tokens, each once"]:
+        assert sum(map(float, row[1:])) == pytest.approx(100, abs=0.003)
+
+
+def test_what_a_store_lacks_is_said_and_the_rest_is_shown(tmp_path):
+    only_attn = make_store(tmp_path / "a", seed=2, streams=("resid", "attn"), prefix_kinds=())
+    page = write_report([only_attn.path], tmp_path / "a.html", n_images=0, permutations=5)
+    text = page.read_text()
+    assert "extract a store with <code>--streams resid,mid,attn,mlp</code>" in text
+    assert "<code>--streams</code> that include mlp" in text
+    for figure, is_shown in {
+        "sublayer-rate": True,
+        "sublayer-context": True,
+        "composition": False,
+        "correct-wrong": False,
+    }.items():
+        assert (f'id="store-1-{figure}"' in text) == is_shown
 
 
 def decoded(uri):
@@ -320,3 +377,47 @@ def test_analyze_command_prints_json(store):
     printed = json.loads(result.stdout)
     expected = analyze_identifiability(store.path, permutations=30, seed=3)
     assert printed == {"corrected": json.loads(json.dumps(expected.to_json()))}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    {
+        "sublayers": [
+            "change rate of attn (corrected)",
+            "20 images, 1 not scored",
+            "the stream mid, which the store lacks",
+            "change rate of mlp (vilas2023)",
+            "change by attn (corrected)",
+            "correct minus wrong images, resid",
+            "300 shuffles",
+        ],
+        "composition": [
+            "top class of all tokens, overlapping (vilas2023)",
+            "top class of CLS, exclusive (corrected)",
+            "20 images, 1 not scored",
+            "a row sums to 100",
+        ],
+    }.items(),
+)
+def test_commands_of_paper_4_3_print_tables(store, command, words):
+    result = CliRunner().invoke(analyze, [command, str(store.path), "--convention", "both"])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert [w for w in words if w not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("sublayers", analyze_sublayers), ("composition", analyze_composition)],
+)
+def test_commands_of_paper_4_3_print_json(store, command, expected):
+    result = CliRunner().invoke(analyze, [command, str(store.path), "--json", "--seed", "3"])
+    assert result.exit_code == 0, result.output
+    corrected = json.loads(json.dumps(expected(store.path, seed=3).to_json()))
+    assert json.loads(result.stdout) == {"corrected": corrected}
+
+
+def test_composition_of_a_store_without_the_mlp_is_refused(tmp_path):
+    store = make_store(tmp_path / "a", seed=2, streams=("resid", "attn"), shards=False)
+    result = CliRunner().invoke(analyze, ["composition", str(store.path)])
+    assert isinstance(result.exception, UsageError)
