@@ -176,8 +176,20 @@ class SiteStatistics:
 
 
 @dataclass(frozen=True)
+class MeanTarget:
+    """ȳ, what a probe says of an average token: ``relative_C + common``.
+
+    relative_C: float32; 0 for classes of the most frequent size. Ranks are taken before the common
+    part is added, beside which the scores of small activations would be rounded away.
+    """
+
+    relative_C: Tensor
+    common: float
+
+
+@dataclass(frozen=True)
 class SiteProbe:
-    """The probes of some tokens of a site: scores = ȳ + W (x − x̄).
+    """The probes of some tokens of a site: scores = W (x − x̄) + ȳ.
 
     mean_tD: x̄, float32. weight_tCD: W, float32.
     """
@@ -186,17 +198,17 @@ class SiteProbe:
     mean_tD: Tensor
     weight_tCD: Tensor
 
-    def scores(self, x: Tensor, bias_C: Tensor, labels: Tensor, topk: int) -> ClassScores:
+    def scores(self, x: Tensor, mean: MeanTarget, labels: Tensor, topk: int) -> ClassScores:
         """Rank, score and top classes of every token of the part, as `ClassScores` has them.
 
         Args:
-            x: [N, T, D] all tokens of the site. bias_C: ȳ, float32. labels: int64 [N].
+            x: [N, T, D] all tokens of the site. mean: ȳ. labels: int64 [N].
 
         Returns:
             arrays [N, t, …], float32; a token that is not finite has rank C and NaN.
         """
         x_tND = x[:, self.part.tokens].transpose(0, 1).float() - self.mean_tD[:, None]
-        images, classes = x_tND.shape[1], len(bias_C)
+        images, classes = x_tND.shape[1], len(mean.relative_C)
         out = empty_scores(x_tND, topk, logsumexp=True)  # token by token
         reduce = EagerReductions(classes, torch.float32, x.device)
         rows = ROWS_PER_CHUNK_CUDA if x.is_cuda else ROWS_PER_CHUNK
@@ -209,7 +221,7 @@ class SiteProbe:
             reduced = reduce(
                 products_MC,
                 products_MC.new_ones(len(products_MC), 1),
-                bias_C,
+                mean.relative_C,
                 labels.repeat(count)[:, None],
                 topk=topk,
                 logsumexp=True,
@@ -268,15 +280,17 @@ class Statistics:
         for block in sorted(self._sites):
             sites = self._sites.pop(block)
             probes[block] = [sites.pop(0).solve(images_C, alpha) for _ in range(len(sites))]
-        return Probes(probes, (2 * images_C / images_C.sum() - 1).float())
+        share_C = images_C / images_C.sum()
+        common = share_C.mode().values
+        return Probes(probes, MeanTarget((2 * (share_C - common)).float(), 2 * common.item() - 1))
 
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of one pass, by block. bias_C: ȳ, what a probe says of an average token."""
+    """The probes of one pass, by block, and ȳ."""
 
     by_block: dict[int, list[SiteProbe]]
-    bias_C: Tensor
+    mean: MeanTarget
 
     @property
     def last_block(self) -> int:

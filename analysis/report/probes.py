@@ -37,9 +37,12 @@ def stores_probed(stores: Sequence[Path], probe: Path) -> list[Path]:
     Raises:
         UsageError: there is none.
     """
-    probed = [
-        store for store in stores if same_weights(read_attributes(store), read_attributes(probe))
-    ]
+    of_probe = read_attributes(probe)
+    probed = []
+    for store in stores:
+        attributes = read_attributes(store)
+        if "probe" not in attributes and same_weights(attributes, of_probe):
+            probed.append(store)
     check_probe((probed or stores)[0], probe)
     return probed
 

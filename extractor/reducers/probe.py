@@ -50,9 +50,8 @@ class ProbeReducer:
             reduced = self._begun(block, targets.images.cpu().numpy(), labels.device)
             for probe in self.probes.by_block.get(block, ()):
                 stream, tokens = self.streams.index(probe.part.stream), probe.part.tokens
-                scores = probe.scores(
-                    sites[probe.part.stream], self.probes.bias_C, labels, self.topk
-                )
+                x, mean = sites[probe.part.stream], self.probes.mean
+                scores = probe.scores(x, mean, labels, self.topk)
                 assert scores.logsumexp is not None
                 reduced["scores/rank"][:, stream, tokens] = scores.rank
                 reduced["scores/label_logit"][:, stream, tokens] = scores.label_logit

@@ -124,7 +124,8 @@ def test_the_report_sets_probes_beside_the_stores_of_their_model(tmp_path):
     mark(other.path, False, "v")
     mark(probes.path, True, "w")
     out = tmp_path / "report.html"
-    arguments = [str(store.path), str(other.path), "--probe", str(probes.path), "--out", str(out)]
+    stores = [str(s.path) for s in (store, other, probes)]
+    arguments = [*stores, "--probe", str(probes.path), "--out", str(out)]
     result = CliRunner().invoke(report, [*arguments, "--images", "0", "--permutations", "5"])
     assert result.exit_code == 0, result.output
     page = out.read_text()
