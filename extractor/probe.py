@@ -229,7 +229,12 @@ class SiteProbe:
             finite_M = torch.isfinite(part_tND.sum(dim=2)).flatten()
             store_scores(out, tokens, slice(None), finite_M, classes, reduced)
         assert out.logsumexp is not None
-        return ClassScores(out.rank.T, out.label_logit.T, out.logsumexp.T, out.topk.transpose(0, 1))
+        return ClassScores(
+            out.rank.T,
+            out.label_logit.T + mean.common,
+            out.logsumexp.T + mean.common,
+            out.topk.transpose(0, 1),
+        )
 
 
 class Statistics:
