@@ -56,6 +56,7 @@ model_args = {{ {MODEL_ARGS} }}
 [[probe]]
 name = "probed"
 of = "a"
+train = ["absent-shards"]
 
 [[target]]
 id = "rate"
@@ -157,7 +158,7 @@ def test_one_failing_run_does_not_lose_the_others(finished):
     assert "absent.safetensors" in broken.reason
     assert [verdicts["change", b].verdict for b in (1, 2)] == ["met", "not met"]
     assert verdicts["change", 3].reason == "there is nothing for block 3"  # of 3 blocks
-    assert "cannot probe" in verdicts["probe", 2].reason
+    assert "absent-shards" in verdicts["probe", 2].reason
 
 
 def test_numbers_are_those_of_the_analysis_in_both_conventions(finished):
