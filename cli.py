@@ -25,6 +25,7 @@ COMMANDS = {
         "classlens.analysis.commands_perturb:perturb",
         "The test of what is relevant: keep some patches.",
     ),
+    "neurons": ("classlens.analysis.commands_neurons:neurons", "Every key neuron of the MLPs."),
     "report": ("classlens.analysis.commands_report:report", "Stores -> one HTML page of figures."),
     "study": ("classlens.analysis.commands_study:study", "Many runs, beside published numbers."),
     "reproduce": ("classlens.bench.reproduce:reproduce", "The paper's study, on your data."),
