@@ -44,15 +44,16 @@ def kernels(
 
     \b
     triton     the fused kernel (GPU)
+    amx        the fused kernel for bfloat16 (CPU with AMX)
     compiled   chunked products, compiled reductions
     torch      chunked products, eager reductions
     whole      plain torch.compile of LayerNorm, projection and reductions
     sorted     all logits and an argsort, as the paper's code does
     product    the bare matrix product: what none of them can beat
 
-    On a CPU, bfloat16 multiplies margins over the label. Before it is timed, an implementation's
-    ranks are held to the derived bracket. The share of peak is of the fastest matrix product seen
-    in the same run, large square ones and the bare one among them.
+    Before it is timed, an implementation's ranks are held to the derived bracket. The share of peak
+    is of the fastest matrix product seen in the same run, large square ones and the bare one among
+    them.
     """
     import torch
 
@@ -123,7 +124,8 @@ def _case(
     head_CD = torch.randn(classes, width, generator=generator) / width**0.5
     exact = fold_class_space(None, None, 1e-6, head_CD, torch.zeros(classes))
     labels = torch.randint(0, classes, (images,), generator=generator)
-    multiplied = dtype if device.startswith("cuda") else torch.float32
+    on_gpu = device.startswith("cuda")
+    multiplied = dtype if on_gpu or dtype == torch.bfloat16 else torch.float32
     space = exact.to(dtype=multiplied, device=device)
     return x.to(dtype).to(device), exact, space, labels.to(device)
 
@@ -135,17 +137,18 @@ def implementations(
     import torch
 
     from classlens.kernels.class_scores import class_scores
-    from classlens.kernels.label_margins import label_margins
+    from classlens.kernels.class_scores_amx import amx_found
     from classlens.kernels.reductions import compiled, compiler_found
 
     on_cpu = x.device.type == "cpu"
-    margins = label_margins(space, labels) if on_cpu and x.dtype == torch.bfloat16 else None
     tasks: dict[str, Callable[[], Any]] = {}
     if not on_cpu:
         tasks["triton"] = lambda: class_scores(x, space, labels, impl="triton")
+    if on_cpu and x.dtype == torch.bfloat16 and amx_found():
+        tasks["amx"] = lambda: class_scores(x, space, labels, impl="amx")
     if compiler_found(x.device):
-        tasks["compiled"] = lambda: class_scores(x, space, labels, impl="compiled", margins=margins)
-    tasks["torch"] = lambda: class_scores(x, space, labels, impl="torch", margins=margins)
+        tasks["compiled"] = lambda: class_scores(x, space, labels, impl="compiled")
+    tasks["torch"] = lambda: class_scores(x, space, labels, impl="torch")
     if compiler_found(x.device):
         tasks["whole"] = lambda: _as_scores(
             compiled(score_whole)(x, space.weight_CD, space.bias_C, space.eps, labels), x
@@ -198,15 +201,12 @@ def check(
 
     from classlens.kernels.bounds import rank_bracket
 
-    margins = x.device.type == "cpu" and x.dtype == torch.bfloat16
     # Plain torch.compile rounds 16-bit products to 16 bits: no bracket is derived for that.
     if name == "whole" and space.weight_CD.dtype != torch.float32:
         return
     ends = torch.tensor([0, len(x) - 1])
-    lo, hi = rank_bracket(
-        x[ends].cpu(), exact, labels[ends].cpu(),
-        x.dtype if margins or x.is_cuda else torch.float32, margins=margins,
-    )  # fmt: skip
+    dtype = space.weight_CD.dtype
+    lo, hi = rank_bracket(x[ends].cpu(), exact, labels[ends].cpu(), dtype)
     rank = scores.rank[ends].cpu()
     if ((rank < lo) | (rank > hi)).any():
         raise AssertionError(f"{name}: ranks outside the derived bracket")

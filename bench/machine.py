@@ -22,7 +22,7 @@ def machine_facts(device: str = "cpu") -> dict[str, Any]:
     """Processor, threads, versions and commit: what a figure is worth nothing without."""
     import torch
 
-    from classlens.kernels.label_margins import margins_pay
+    from classlens.kernels.cpu_bfloat16 import native_bfloat16
 
     if device.startswith("cuda"):
         processor: dict[str, Any] = {"processor": torch.cuda.get_device_name(device)}
@@ -30,7 +30,7 @@ def machine_facts(device: str = "cpu") -> dict[str, Any]:
         processor = {
             "processor": _cpu_name(),
             "threads": torch.get_num_threads(),
-            "native_bfloat16": margins_pay(),
+            "native_bfloat16": native_bfloat16(),
         }
     versions = {name: _version(name) for name in ("torch", "triton", "timm", "zarr", "polars")}
     return {

@@ -167,7 +167,6 @@ def rank_brackets(
                     space,
                     batch_labels,
                     scorer.dtype,
-                    margins=scorer.dtype == torch.bfloat16,
                 )
                 brackets_L.append([bound.view(x_NSTD.shape[:3]) for bound in bracket])
         low.append(torch.stack([bound for bound, _ in brackets_L], dim=1).numpy())

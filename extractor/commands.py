@@ -371,9 +371,9 @@ def print_summary(summary: Summary) -> None:
 
 
 def _print_faster_dtype(config: ExtractConfig) -> None:
-    from classlens.kernels.label_margins import bfloat16_speedup, margins_pay
+    from classlens.kernels.cpu_bfloat16 import bfloat16_speedup, native_bfloat16
 
-    if config.on_cpu and config.dtype == "float32" and margins_pay():
+    if config.on_cpu and config.dtype == "float32" and native_bfloat16():
         click.echo(
             f"this CPU multiplies bfloat16 {bfloat16_speedup():.1f} times as fast: --dtype "
             "bfloat16, which is less exact (`classlens bench fidelity` says by how much)"

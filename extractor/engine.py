@@ -19,8 +19,9 @@ from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
+from classlens.kernels.class_scores_amx import amx_found
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.label_margins import margins_pay
+from classlens.kernels.cpu_bfloat16 import native_bfloat16
 from classlens.kernels.reductions import compiler_found
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 CPU_BATCH, LARGEST_GPU_BATCH = 32, 512
 # Compiling takes a CPU about a minute, which fewer images do not give back.
 COMPILE_FROM_IMAGES = 3000
-# Margins have a matrix of all classes for every image of a batch.
-MOST_MARGIN_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,11 @@ def make_scorer(prepared: Prepared) -> Scorer:
     config, subject = prepared.config, prepared.subject
     dtype = DTYPES[config.dtype]
     compile = _compiles(config, prepared.plan.manifest.height)
-    try:  # a CPU takes the weights in float32, and rounds no further than it must
-        multiplied = torch.float32 if config.on_cpu else dtype
+    # A CPU rounds no further than it must: its products are quick in float32 and, where it has the
+    # instructions, bfloat16.
+    rounds = not config.on_cpu or (_multiplies_bfloat16(config) and not config.certify)
+    multiplied = dtype if rounds else torch.float32
+    try:
         space = subject.space.to(dtype=multiplied, device=config.device)
         certifier = (
             Certifier(subject.space, space, dtype, compile=compile) if config.certify else None
@@ -82,7 +84,6 @@ def make_scorer(prepared: Prepared) -> Scorer:
         config.streams,
         config.topk,
         impl=impl,
-        margins=_takes_margins(config, space),
         certifier=certifier,
     )
     reducers: list[Reducer] = [ranks]
@@ -123,11 +124,15 @@ def attribution_reducer(prepared: Prepared) -> AttributionReducer:
 def choose_impl(config: ExtractConfig, images: int) -> Impl:
     """Which implementation of class scoring a run of so many images takes.
 
-    The fused kernel on a GPU, unless ranks are certified, which needs the logits; on a CPU chunked
-    products, their reductions compiled where that pays.
+    The fused kernels, unless ranks are certified, which needs the logits: Triton's on a GPU, that
+    for bfloat16 on a CPU with AMX, whose source takes a second to compile. Else chunked products,
+    their reductions compiled where that pays.
     """
-    if not config.on_cpu and not config.certify:
-        return "triton"
+    if not config.certify:
+        if not config.on_cpu:
+            return "triton"
+        if _multiplies_bfloat16(config) and config.compile is not False and amx_found():
+            return "amx"
     return "compiled" if _compiles(config, images) else "torch"
 
 
@@ -141,15 +146,8 @@ def _compiles(config: ExtractConfig, images: int) -> bool:
     )
 
 
-def _takes_margins(config: ExtractConfig, space: ClassSpace) -> bool:
-    margin_bytes = 2 * (config.batch_size or CPU_BATCH) * space.num_classes * space.width
-    return (
-        config.on_cpu
-        and config.dtype == "bfloat16"
-        and not config.certify
-        and margin_bytes <= MOST_MARGIN_BYTES
-        and margins_pay()
-    )
+def _multiplies_bfloat16(config: ExtractConfig) -> bool:
+    return config.dtype == "bfloat16" and native_bfloat16()
 
 
 def _largest_batch(scorer: Scorer, prepared: Prepared) -> int:

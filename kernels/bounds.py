@@ -11,14 +11,13 @@ float64) from a weight Ŵ rounded to the scoring dtype, of unit roundoff u, they
 A rank is decided by the order of l̂_c and l̂_y alone. Dividing all of a row by (1 + ρ) keeps that
 order, so the common factor r̂ matters through the bias only. What is left gives
 
-    δ_c = r (R_c + A_c) + 3v (|r s_c| + |b_c|) + (ρ + β) |b_c|
+    δ_c = r (R_c + A_c) + 3v (|r s_c| + |b_c|) + ρ |b_c|
 
 and l_c − l_y > δ_c + δ_y proves that c is ranked before y, < −(δ_c + δ_y) that it is not. The
 ranks in between are open, exact ties among them. The parts:
 
 - R_c, rounding of the weight: |x|·|W'_c − Ŵ_c|, known exactly, plus 2v |x|·|W'_c| for an
-  implementation that keeps a float32 weight. The margin form rounds W'_c − W'_y, and the share of
-  c in that is 1.01 u |x|·|W'_c|, which exceeds the R_c of the plain form.
+  implementation that keeps a float32 weight.
 - A_c, accumulation of D terms t_d = x_d W'_cd. For 16-bit inputs it is the worst case,
   D·2v Σ|t_d|: products are exact, and 2v rather than v since tensor cores truncate [Fasi et al.
   2021, "Numerical behavior of NVIDIA tensor cores"].
@@ -34,8 +33,6 @@ ranks in between are open, exact ties among them. The parts:
   A_c = λ v √(D + 2) (|s_c| √⅓ + λ √(Q/6)).
 - ρ, error of r̂: a sum of squares has relative error (D + 4) v at most, its mean's error enters
   squared, and the root halves it: ρ = (D/2 + 8) v + ½ (D v mean|x|)² / var.
-- β, rounding of the margin form's product d_c to bfloat16: r d_c + b_c − b_y can change its sign
-  only where it is below u |r d_c|, so at most u/(1 − u) (|b_c| + |b_y|). Zero in the plain form.
 
 The exact values are themselves computed in float64, so A_c with v = 2⁻⁵³ comes on top.
 
@@ -55,8 +52,6 @@ def logit_error(
     x_TD: Float[Tensor, "T D"],
     space: ClassSpace,
     dtype: torch.dtype,
-    *,
-    margins: bool = False,
 ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T C"]]:
     """Exact logits in float64 and the bound δ on the error of each, as the module derives it."""
     x_TD, weight_CD, bias_C = x_TD.double(), space.weight_CD.double(), space.bias_C.double()
@@ -71,11 +66,8 @@ def logit_error(
     magnitude_TC = x_TD.abs() @ weight_CD.abs().T
     spread_TC = (x_TD.square() @ weight_CD.square().T).sqrt()
 
-    if margins:
-        rounding_TC = 1.01 * u * magnitude_TC
-    else:
-        rounded_CD = weight_CD.to(dtype).double()
-        rounding_TC = x_TD.abs() @ (weight_CD - rounded_CD).abs().T + 2 * v * magnitude_TC
+    rounded_CD = weight_CD.to(dtype).double()
+    rounding_TC = x_TD.abs() @ (weight_CD - rounded_CD).abs().T + 2 * v * magnitude_TC
     partial_TC = sums_TC.abs() / 3**0.5 + LAMBDA / 6**0.5 * spread_TC
     partial_TC *= LAMBDA * (width + 2) ** 0.5
     accumulation_TC = width * 2 * v * magnitude_TC if half else v * partial_TC
@@ -83,13 +75,12 @@ def logit_error(
     rho_T1 = (width / 2 + 8) * v + (width * v * x_TD.abs().mean(dim=1, keepdim=True)) ** 2 / (
         2 * var_T1 + space.eps
     )
-    beta = u / (1 - u) if margins else 0.0
 
     logits_TC = rstd_T1 * sums_TC + bias_C
     error_TC = (
         rstd_T1 * (rounding_TC + accumulation_TC)
         + 3 * v * ((rstd_T1 * sums_TC).abs() + bias_C.abs())
-        + (rho_T1 + beta) * bias_C.abs()
+        + rho_T1 * bias_C.abs()
     )
     return logits_TC, error_TC
 
@@ -99,8 +90,6 @@ def rank_bracket(
     space64: ClassSpace,
     labels: Int[Tensor, " N"],
     dtype: torch.dtype,
-    *,
-    margins: bool = False,
 ) -> tuple[Int[Tensor, "N T"], Int[Tensor, "N T"]]:
     """The lowest and the highest rank that a correct implementation may give each token.
 
@@ -111,7 +100,6 @@ def rank_bracket(
             about the rounded model.
         labels: [N] in [0, C).
         dtype: scored in this dtype: that of ``x`` and, or a wider one, of the weight.
-        margins: whether `label_margins` may have been used; the bracket then holds for both forms.
 
     Returns:
         (lo, hi), [N, T] int32 each: lo = #{c ≠ y : l_c − l_y > δ_c + δ_y} and
@@ -121,7 +109,7 @@ def rank_bracket(
     lo_NT = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     hi_NT = torch.empty_like(lo_NT)
     for n, label in enumerate(labels.tolist()):
-        logits_TC, error_TC = logit_error(x[n], space64, dtype, margins=margins)
+        logits_TC, error_TC = logit_error(x[n], space64, dtype)
         gap_TC = logits_TC - logits_TC[:, label : label + 1]
         slack_TC = error_TC + error_TC[:, label : label + 1]
         invalid_T = ~torch.isfinite(gap_TC[:, label])

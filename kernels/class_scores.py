@@ -3,8 +3,8 @@
     x [N, T, D] → LayerNorm → · class embedding [C, D] → rank, label logit, logsumexp, top-k
 
 The logits, [N, T, C], are never held as a whole. `class_scores_reference` is the specification,
-`class_scores_triton` the fused kernel, `class_scores_torch` chunked products whose reductions are
-eager or compiled.
+`class_scores_triton` the fused kernel for GPUs, `class_scores_amx` that for bfloat16 on CPUs with
+AMX, `class_scores_torch` chunked products whose reductions are eager or compiled.
 
 Shape letters: N images, T tokens, D width, C classes, K top classes.
 """
@@ -16,21 +16,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from classlens.kernels.certify import Certifier
+from classlens.kernels.class_scores_amx import class_scores_amx
 from classlens.kernels.class_scores_torch import class_scores_torch
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.label_margins import LabelMargins, class_scores_margins
 from classlens.kernels.reference import ClassScores, class_scores_reference
 
-Impl = Literal["auto", "reference", "torch", "compiled", "triton"]
-IMPLS = ("auto", "reference", "torch", "compiled", "triton")
+Impl = Literal["auto", "reference", "torch", "compiled", "triton", "amx"]
+IMPLS = ("auto", "reference", "torch", "compiled", "triton", "amx")
 
 
 def resolve_impl(x: Tensor, impl: Impl = "auto") -> str:
     """Which implementation scores ``x``: what ``impl`` says, and for "auto" "triton" for
     float16, bfloat16 and float32 on a GPU, "torch" for float64 and on a CPU.
 
-    A CPU scores faster by "compiled", whose first call compiles for half a minute: the caller
-    knows whether that pays.
+    A CPU scores faster by "amx" and "compiled", whose first calls compile for a second and for half
+    a minute: the caller knows whether that pays.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}; pass one of these")
@@ -47,7 +47,6 @@ def class_scores(
     topk: int = 1,
     logsumexp: bool = True,
     impl: Impl = "auto",
-    margins: LabelMargins | None = None,
     certifier: Certifier | None = None,
 ) -> ClassScores:
     """Rank, label logit, logsumexp and top classes of every token in class-embedding space.
@@ -63,12 +62,11 @@ def class_scores(
         topk: how many top classes to keep, 0 to C.
         logsumexp: whether to compute it; it costs one exponential a logit.
         impl: "triton" (GPU; under ``TRITON_INTERPRET=1`` also CPU), "torch" (any device),
-            "compiled" (the same, its reductions compiled), "reference" (all logits and a sort),
-            or "auto", see `resolve_impl`. There is no fallback: what cannot run raises.
-        margins: makes a CPU multiply in bfloat16, see `label_margins`. Without it a CPU multiplies
-            16-bit inputs in float32, which is more exact.
+            "compiled" (the same, its reductions compiled), "amx" (bfloat16 on a CPU, see
+            `classlens.kernels.class_scores_amx`), "reference" (all logits and a sort), or "auto",
+            see `resolve_impl`. There is no fallback: what cannot run raises.
         certifier: proves or mends every rank, see `classlens.kernels.certify`; for "torch" and
-            "compiled", and without margins.
+            "compiled".
 
     Returns:
         `ClassScores`; a row with NaN or infinity is invalid and marked as that class says.
@@ -76,9 +74,9 @@ def class_scores(
     Raises:
         ValueError: an argument does not fit; the message says which and what to pass instead.
     """
-    chunked = margins is not None or certifier is not None
-    impl_taken = "torch" if chunked and impl == "auto" else resolve_impl(x, impl)
-    _check(x, space, labels, topk, impl_taken, margins, certifier)
+    certified = certifier is not None
+    impl_taken = "torch" if certified and impl == "auto" else resolve_impl(x, impl)
+    _check(x, space, labels, topk, impl_taken, certified=certified)
     if impl_taken == "reference":
         return class_scores_reference(x, space, labels, topk=topk, logsumexp=logsumexp)
     if impl_taken == "triton":
@@ -86,11 +84,9 @@ def class_scores(
         from classlens.kernels.class_scores_triton import class_scores_triton
 
         return class_scores_triton(x, space, labels, topk=topk, logsumexp=logsumexp)
+    if impl_taken == "amx":
+        return class_scores_amx(x, space, labels, topk=topk, logsumexp=logsumexp)
     compile = impl_taken == "compiled"
-    if margins is not None:
-        return class_scores_margins(
-            x, space, margins, topk=topk, logsumexp=logsumexp, compile=compile
-        )
     return class_scores_torch(
         x, space, labels, topk=topk, logsumexp=logsumexp, compile=compile, certifier=certifier
     )
@@ -102,8 +98,8 @@ def _check(
     labels: Tensor,
     topk: int,
     impl: str,
-    margins: LabelMargins | None,
-    certifier: Certifier | None,
+    *,
+    certified: bool,
 ) -> None:
     weight = space.weight_CD
     if x.shape[2] != space.width:
@@ -133,17 +129,5 @@ def _check(
         raise ValueError(
             "ranks need full float32 products; call torch.set_float32_matmul_precision('highest')"
         )
-    chunked = impl in ("torch", "compiled")
-    if certifier is not None and (margins is not None or not chunked):
-        raise ValueError(
-            "certified ranks need impl='torch' or 'compiled', and no margins; pass one of these"
-        )
-    if margins is None:
-        return
-    if not chunked or x.is_cuda or x.dtype != torch.bfloat16:
-        raise ValueError(
-            "margins are for impl='torch' or 'compiled' and bfloat16 on a CPU; leave them out "
-            "elsewhere"
-        )
-    if not torch.equal(margins.labels_N, labels):
-        raise ValueError("the margins were made for other labels; call label_margins once a batch")
+    if certified and impl not in ("torch", "compiled"):
+        raise ValueError("certified ranks need impl='torch' or 'compiled'; pass one of these")

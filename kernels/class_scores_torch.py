@@ -7,6 +7,7 @@ Shape letters: N images, T tokens, D width, C classes, K top classes, M rows of 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +42,7 @@ def class_scores_torch(
     out = empty_scores(x, topk, logsumexp)
     dtype = out.label_logit.dtype
     weight_CD = space.weight_CD if x.is_cuda else space.weight_CD.to(dtype)
+    rounded = not x.is_cuda and x.dtype == space.weight_CD.dtype == torch.bfloat16
     bias_C = space.bias_C.to(dtype)
     in_range_N = (labels >= 0) & (labels < space.num_classes)
     labels_N = labels.long().where(in_range_N, 0)
@@ -50,11 +52,14 @@ def class_scores_torch(
     statistics = compiled(row_rstd) if compile else row_rstd
     for images, tokens in _chunks(x, rows_per_chunk(space.num_classes, x.device)):
         x_MD = x[images, tokens].flatten(0, 1)
+        if not x.is_cuda:  # once, for statistics and product
+            x_MD = x_MD.to(dtype)
         repeats = tokens.stop - tokens.start
         labels_M1 = labels_N[images].repeat_interleave(repeats)[:, None]
         rstd_M1, valid_M = statistics(x_MD, space.eps)
         valid_M &= in_range_N[images].repeat_interleave(repeats)
-        products_MC = _project(x_MD, weight_CD, eager.buffer(len(x_MD)))
+        with bfloat16_products() if rounded else nullcontext():
+            products_MC = _project(x_MD, weight_CD, eager.buffer(len(x_MD)))
         exact = None
         if certifier is not None and recomputed_NT is not None:
             exact, open_M = certifier.ranks(x_MD, products_MC, rstd_M1, labels_M1, valid_M)
@@ -133,6 +138,23 @@ def token_chunks(n_tokens: int, rows: int) -> Iterator[slice]:
         yield slice(part * n_tokens // parts, (part + 1) * n_tokens // parts)
 
 
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Lets a CPU round float32 operands to bfloat16, exact where they are bfloat16 already, and
+    multiply them as such; sums and results stay float32.
+
+    A product of bfloat16 tensors would round its result to bfloat16, and rounded logits tie in
+    masses. No effect on a GPU, nor on a CPU without such instructions.
+    """
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def _project(
     x_MD: Float[Tensor, "M D"],
     weight_CD: Float[Tensor, "C D"],
@@ -141,4 +163,4 @@ def _project(
     """``x · weightᵀ`` with the accumulator's full precision, in ``out`` or a new tensor."""
     if x_MD.is_cuda and x_MD.dtype != out.dtype:
         return torch.mm(x_MD, weight_CD.T, out_dtype=out.dtype)
-    return torch.mm(x_MD.to(out.dtype), weight_CD.T, out=out)
+    return torch.mm(x_MD, weight_CD.T, out=out)

@@ -10,31 +10,21 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class Reduced(NamedTuple):
-    """Results of the rows of a chunk, as `classlens.kernels.reference.ClassScores` has them.
-
-    floor: [M, 1] the least value that could be among the first K, given the slack; None without.
-    doubtful: [M] whether more than one value reaches the floor; None without slack.
-    """
+    """Results of the rows of a chunk, as `classlens.kernels.reference.ClassScores` has them."""
 
     rank: Int[Tensor, " M"]
     label_logit: Float[Tensor, " M"]
     logsumexp: Float[Tensor, " M"] | None
     topk: Int[Tensor, "M K"]
-    floor: Float[Tensor, "M 1"] | None
-    doubtful: Bool[Tensor, " M"] | None
 
 
 class Reductions(Protocol):
-    """``products · rstd + bias``, reduced. May overwrite products of the bias's dtype.
-
-    slack: relative error of the values, |value| + max |bias| taken as the unit, that the choice of
-    the first K is to be judged with; 0 for none.
-    """
+    """``products · rstd + bias``, reduced. May overwrite the products."""
 
     def __call__(
         self,
@@ -45,7 +35,6 @@ class Reductions(Protocol):
         *,
         topk: int,
         logsumexp: bool,
-        slack: float = 0.0,
     ) -> Reduced: ...
 
 
@@ -72,27 +61,16 @@ class EagerReductions:
         *,
         topk: int,
         logsumexp: bool,
-        slack: float = 0.0,
     ) -> Reduced:
         values_MC = self.buffer(len(products_MC))
-        if values_MC.dtype != products_MC.dtype:
-            products_MC = values_MC.copy_(products_MC)
         torch.addcmul(bias_C, products_MC, rstd_M1, out=values_MC)
         label_M1 = values_MC.gather(1, labels_M1)
         peak_M1 = values_MC.amax(dim=1, keepdim=True)
-        floor_M1 = doubtful_M = None
-        if topk and slack:
-            kth_M1 = peak_M1 if topk == 1 else values_MC.topk(topk, dim=1).values[:, -1:]
-            floor_M1 = kth_M1 - slack * (kth_M1.abs() + bias_C.abs().amax())
-            flags_MC = self._other[: len(values_MC)]
-            doubtful_M = torch.ge(values_MC, floor_M1, out=flags_MC).sum(dim=1) > 1
         return Reduced(
             rank=self._rank(values_MC, label_M1, labels_M1),
             label_logit=label_M1[:, 0],
             logsumexp=self._logsumexp(values_MC, peak_M1) if logsumexp else None,
             topk=self.topk_(values_MC, peak_M1, topk),  # last: it overwrites the values
-            floor=floor_M1,
-            doubtful=doubtful_M,
         )
 
     def buffer(self, rows: int) -> Float[Tensor, "M C"]:
@@ -158,10 +136,9 @@ class CompiledReductions:
         *,
         topk: int,
         logsumexp: bool,
-        slack: float = 0.0,
     ) -> Reduced:
         reduce = compiled(reduce_products)
-        return reduce(products_MC, rstd_M1, bias_C, labels_M1, topk, logsumexp, slack)
+        return reduce(products_MC, rstd_M1, bias_C, labels_M1, topk, logsumexp)
 
 
 def reduce_products(
@@ -171,12 +148,11 @@ def reduce_products(
     labels_M1: Tensor,
     topk: int,
     logsumexp: bool,
-    slack: float,
 ) -> Reduced:
     """The reductions as plain tensor algebra, for a compiler to fuse."""
     num_classes = bias_C.shape[0]
     classes_C = torch.arange(num_classes, dtype=torch.int32, device=bias_C.device)
-    values_MC = products_MC.to(bias_C.dtype) * rstd_M1 + bias_C
+    values_MC = products_MC * rstd_M1 + bias_C
     label_M1 = values_MC.gather(1, labels_M1)
     on_MC = (values_MC == label_M1) & (classes_C < labels_M1)
     rank_M = ((values_MC > label_M1) | on_MC).sum(dim=1, dtype=torch.int32)
@@ -184,17 +160,13 @@ def reduce_products(
     if logsumexp:
         peak_M1 = values_MC.amax(dim=1, keepdim=True)
         lse_M = peak_M1[:, 0] + (values_MC - peak_M1).exp().sum(dim=1).log()
-    best, left_MC, peak_M1 = [], values_MC, label_M1
+    best, left_MC = [], values_MC
     for _ in range(topk):
-        peak_M1 = left_MC.amax(dim=1, keepdim=True)
-        best.append(classes_C.where(left_MC == peak_M1, num_classes).amin(dim=1))
+        largest_M1 = left_MC.amax(dim=1, keepdim=True)
+        best.append(classes_C.where(left_MC == largest_M1, num_classes).amin(dim=1))
         left_MC = left_MC.masked_fill(classes_C == best[-1][:, None], float("-inf"))
-    floor_M1 = doubtful_M = None
-    if topk and slack:
-        floor_M1 = peak_M1 - slack * (peak_M1.abs() + bias_C.abs().amax())
-        doubtful_M = (values_MC >= floor_M1).sum(dim=1, dtype=torch.int32) > 1
     topk_MK = torch.stack(best, dim=1) if best else rank_M.new_empty(len(rank_M), 0)
-    return Reduced(rank_M, label_M1[:, 0], lse_M, topk_MK, floor_M1, doubtful_M)
+    return Reduced(rank_M, label_M1[:, 0], lse_M, topk_MK)
 
 
 @functools.cache
@@ -207,9 +179,13 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
 
+def compiler() -> str | None:
+    """The C++ compiler at hand: ``$CXX``, g++ or clang++."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
 def compiler_found(device: torch.device) -> bool:
     """Whether torch.compile can build code for this device: a GPU needs Triton, a CPU a C++
-    compiler (``$CXX``, g++ or clang++)."""
-    if device.type == "cuda":
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+    compiler."""
+    return device.type == "cuda" or compiler() is not None

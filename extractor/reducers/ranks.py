@@ -13,7 +13,6 @@ from classlens.extractor.schema import ArraySpec, Layout, score_arrays
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl, class_scores
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.label_margins import label_margins
 
 
 @dataclass(frozen=True)
@@ -21,15 +20,13 @@ class RanksReducer:
     """Projects the chosen streams onto the class embedding and keeps what a rank query needs.
 
     space: on the model's device. streams: sites to score, in this order. impl: as in
-    `class_scores`. margins: multiply in bfloat16 on a CPU, by the margins over the label.
-    certifier: proves or mends every rank.
+    `class_scores`. certifier: proves or mends every rank.
     """
 
     space: ClassSpace
     streams: tuple[str, ...]
     topk: int
     impl: Impl = "auto"
-    margins: bool = False
     certifier: Certifier | None = None
 
     @property
@@ -50,13 +47,11 @@ class RanksReducer:
         took comparisons in float64.
         """
         labels = targets.labels
-        margins = label_margins(self.space, labels) if self.margins else None
 
         def reduce(block: int, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
             x = [sites[s] for s in self.streams]
             n_tokens = x[0].shape[1]
-            # One launch on a GPU; one product for an image's margins.
-            if x[0].is_cuda or margins is not None:
+            if x[0].is_cuda:  # one launch
                 x = [torch.cat(x, dim=1)]
             parts = [
                 class_scores(
@@ -65,7 +60,6 @@ class RanksReducer:
                     labels,
                     topk=self.topk,
                     impl=self.impl,
-                    margins=margins,
                     certifier=self.certifier,
                 )
                 for part in x

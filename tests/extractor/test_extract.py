@@ -76,7 +76,6 @@ def check_store(settings, shards, out):
                 subject.space,
                 labels,
                 DTYPES[settings.dtype],
-                margins=settings.dtype == "bfloat16",
             )
             ours = torch.from_numpy(rank[:, block, place].astype(np.int32))
             assert ((low <= ours) & (ours <= high)).all()

@@ -256,7 +256,6 @@ def test_every_stored_number_is_that_of_the_changed_model(make_shards, tmp_path,
                 prepared.subject.space,
                 batch.targets.labels,
                 dtype,
-                margins=dtype == torch.bfloat16,
             )
             found = rank[:, block, place]
             inside = (low.numpy() <= found) & (found <= high.numpy())

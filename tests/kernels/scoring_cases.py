@@ -94,10 +94,8 @@ def assert_in_bracket(
     space64: ClassSpace,
     labels: torch.Tensor,
     dtype: torch.dtype,
-    *,
-    margins: bool = False,
 ) -> None:
-    lo, hi = rank_bracket(x, space64, labels, dtype, margins=margins)
+    lo, hi = rank_bracket(x, space64, labels, dtype)
     outside = (actual.rank < lo) | (actual.rank > hi)
     assert not outside.any(), f"{int(outside.sum())} ranks of {outside.numel()} outside"
 

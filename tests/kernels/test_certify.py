@@ -8,7 +8,6 @@ from classlens.kernels import certify
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import class_scores
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.label_margins import label_margins
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -117,9 +116,6 @@ def test_what_cannot_be_certified_is_refused() -> None:
     x, exact, labels = hostile_case(1, 8, 5, torch.bfloat16)
     space = exact.to(dtype=torch.float32)
     certifier = Certifier(exact, space, torch.bfloat16, compile=False)
-    margins = label_margins(space, labels)
-    with pytest.raises(ValueError, match="no margins"):
-        class_scores(x, space, labels, certifier=certifier, margins=margins)
     with pytest.raises(ValueError, match="impl='torch' or 'compiled'"):
         class_scores(x, space, labels, certifier=certifier, impl="reference")
     wide = ClassSpace(torch.zeros(2, 8193).double(), torch.zeros(2).double(), 0.0)

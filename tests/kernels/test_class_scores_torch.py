@@ -58,6 +58,19 @@ def test_half_inputs_may_keep_a_float32_weight() -> None:
     assert_in_bracket(actual, x, space64, labels, torch.float32)
 
 
+def test_bfloat16_products_keep_float32_sums_and_the_setting() -> None:
+    """Products of 1 + 2⁻⁷ need 15 bits; a bfloat16 result has 8, a rounded operand none left."""
+    a = torch.full((32, 32), 1 + 2**-7)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with class_scores_torch.bfloat16_products():
+        assert (a @ a == 32 * (1 + 2**-7) ** 2).all()
+        inside = torch.backends.mkldnn.matmul.fp32_precision
+    assert inside == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    b = torch.full((32, 32), 1 + 2**-12)
+    assert (b @ b > 32 * (1 + 2**-12)).all()
+
+
 def test_invalid_rows_are_marked() -> None:
     space, labels = exact_space(10, 6, torch.float32, bias=True), torch.tensor([1, 2])
     x = exact_x(2, 5, 6, torch.float32)

@@ -4,11 +4,9 @@ import pytest
 import torch
 from scoring_cases import (
     assert_equal_scores,
-    assert_in_bracket,
     exact_labels,
     exact_space,
     exact_x,
-    random_case,
     specification,
     spoil_rows,
 )
@@ -17,7 +15,6 @@ from classlens.bench.certify import hostile_case, judged_ranks
 from classlens.kernels import reductions
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import class_scores
-from classlens.kernels.label_margins import label_margins
 from classlens.kernels.reductions import EagerReductions, compiler_found, reduce_products
 
 needs_compiler = pytest.mark.skipif(
@@ -58,18 +55,6 @@ def test_more_classes_than_16_bits_count(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_compiler
-def test_margins_are_reduced_alike() -> None:
-    x, space64, labels = random_case(2, 60, 96, 300, torch.bfloat16)
-    space = space64.to(dtype=torch.float32)
-    margins = label_margins(space, labels)
-    compiled = class_scores(x, space, labels, topk=2, margins=margins, impl="compiled")
-    eager = class_scores(x, space, labels, topk=2, margins=margins, impl="torch")
-    assert_in_bracket(compiled, x, space64, labels, torch.bfloat16, margins=True)
-    assert torch.equal(compiled.topk, eager.topk)
-    torch.testing.assert_close(compiled.logsumexp, eager.logsumexp, rtol=1e-6, atol=1e-5)
-
-
-@needs_compiler
 def test_certified_ranks_may_be_compiled() -> None:
     x, exact, labels = hostile_case(6, 64, 100, torch.float32)
     space = exact.to(dtype=torch.float32)
@@ -78,19 +63,15 @@ def test_certified_ranks_may_be_compiled() -> None:
     assert torch.equal(actual.rank, judged_ranks(x, exact, labels))
 
 
-@pytest.mark.parametrize("slack", [0.0, 0.1])
 @pytest.mark.parametrize("topk", [1, 4])
-def test_both_state_the_same_doubts(slack: float, topk: int) -> None:
+def test_both_reduce_alike(topk: int) -> None:
     products = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     rstd, bias, labels = torch.ones(40, 1), torch.zeros(30), torch.full((40, 1), 3)
     eager = EagerReductions(30, torch.float32, torch.device("cpu"))
-    expected = eager(products.clone(), rstd, bias, labels, topk=topk, logsumexp=True, slack=slack)
-    actual = reduce_products(products, rstd, bias, labels, topk, True, slack)
+    expected = eager(products.clone(), rstd, bias, labels, topk=topk, logsumexp=True)
+    actual = reduce_products(products, rstd, bias, labels, topk, True)
     for name, value in expected._asdict().items():
-        other = getattr(actual, name)
-        assert (value is None) == (other is None)
-        if value is not None:
-            torch.testing.assert_close(other, value, msg=name)
+        torch.testing.assert_close(getattr(actual, name), value, msg=name)
 
 
 def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
