@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Of the ranks of a batch scored twice, in batches of different sizes.
 MOST_UNEQUAL = 0.02
 # Whole batches, and several units: one is committed while the next is scored, as in a long run.
-SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 32, 512
+SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 64, 512
 
 
 @click.command()
@@ -32,7 +32,7 @@ SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 32, 512
               type=click.Choice(["float32", "float16", "bfloat16"]),
               help="Repeatable  [default: float32 on CPU, float16 on GPU]")  # fmt: skip
 @click.option("--device", help="cpu, cuda …  [default: the GPU if there is one]")
-@click.option("--images", default=64, show_default=True, type=click.IntRange(2))
+@click.option("--images", default=128, show_default=True, type=click.IntRange(2))
 @click.option("--batch-size", type=click.IntRange(1), help="[default: as `classlens extract`]")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1),
               help="Each round times forward, scoring and extraction in turn.")  # fmt: skip
