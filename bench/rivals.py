@@ -88,9 +88,9 @@ def rivals(
     Both read the same generated photographs of 500 x 375 pixels as JPEG, resize them to the same
     pixels and run the same random weights on the CPU, with the same number of threads for torch,
     each in a process of its own. Timed is the extraction from image files to files of results;
-    loading the model is not, nor is the first round, in which ours compiles where it can, as it does
-    in a run of thousands of images. Ours has threads of its own beside torch's
-    that decode and write; theirs does one thing after another.
+    loading the model is not, nor is the first round, in which ours compiles where it can, as in a
+    run of thousands of images. Ours has threads of its own beside torch's that decode and write;
+    theirs does one thing after another.
 
     "authors" is their extractor as it runs for a pretrained model: beside the scores it saves
     attention maps, keys, values and MLP keys. "authors-scores" leaves those out and so keeps what
