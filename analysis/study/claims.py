@@ -8,7 +8,7 @@ Checks, of numbers or of all blocks of a run:
   last third above that of the middle.
 - ``peaks late``: the block with the largest number is in the last third of the model's blocks.
 
-``corrected`` is judged, what the paper means; what its published code computes stands beside it.
+``corrected`` is judged, what the paper means; what its published code computes is judged beside it.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class ClaimFinding:
 
     @property
     def numbers(self) -> str:
-        """Those of ``corrected``, and of vilas2023 where they differ; or why there are none."""
+        """Those of ``corrected``, and of vilas2023 where it is judged otherwise; or why none."""
         if not self.judged:
             return self.reason
         ours, theirs = self.judged["corrected"], self.judged["vilas2023"]
-        if ours == theirs:
-            return ours.numbers
-        verdict = "" if ours.verdict == theirs.verdict else f", {theirs.verdict}"
-        return f"{ours.numbers}. As vilas2023{verdict}: {theirs.numbers}"
+        numbers = f"{self.claim.of.measure.replace('_', ' ')}: {ours.numbers}"
+        if ours.verdict == theirs.verdict:
+            return numbers
+        return f"{numbers}. As vilas2023, {theirs.verdict}: {theirs.numbers}"
 
     @property
     def contradiction(self) -> str:

@@ -321,6 +321,7 @@ class _Runner:
 
     def page(self, run: Run) -> str:
         from classlens.analysis.report import write_report
+        from classlens.analysis.values import agreement_frame
 
         subject, inputs = self.subject(run)
         tests, probes = self.steps_done(run, "perturb"), self.steps_done(run, "probe")
@@ -329,7 +330,10 @@ class _Runner:
             for other in self.study.runs
             if other.perturbed_of == run.name and self.kept(other.name, "extract") is not None
         ]
+        values = self.kept(run.name, "values")
+        agreement = values and values["corrected"]["agreement"]
         inputs |= {"steps": [*tests, *probes], "perturbed": [_fingerprint(p) for p in perturbed]}
+        inputs |= {"values": agreement}
         page = self.place.page(run.name)
         if self.kept(run.name, "page", inputs) is None or not page.exists():
             with status(f"Drawing {run.name}"):
@@ -340,6 +344,7 @@ class _Runner:
                     perturbed=perturbed,
                     perturbations=[self.place.answers(step) for step in tests],
                     probe=self.place.store(probes[0]) if probes else None,
+                    values=agreement and agreement_frame(agreement),
                     permutations=subject.permutations,
                     seed=subject.seed,
                 )

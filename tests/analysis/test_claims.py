@@ -118,17 +118,16 @@ def test_a_contradiction_is_a_plain_sentence():
     assert finding("undecided").contradiction == ""
     found = finding("contradicted", source="§5", contradicted="For a reason.")
     assert found.contradiction == (
-        "The paper (§5): So it is. Not so here: 1 against 2. For a reason."
+        "The paper (§5): So it is. Not so here: accuracy: 1 against 2. For a reason."
     )
 
 
-def test_what_their_code_computes_is_added_where_it_differs():
-    assert finding("holds").numbers == "1 against 2"
-    same = finding("holds", Judged("holds", "1 against 3"))
-    assert same.numbers == "1 against 2. As vilas2023: 1 against 3"
+def test_what_their_code_computes_is_added_where_it_is_judged_otherwise():
+    assert finding("holds").numbers == "accuracy: 1 against 2"
+    assert finding("holds", Judged("holds", "1 against 3")).numbers == "accuracy: 1 against 2"
     other = finding("holds", Judged("contradicted", "1 against 3"))
     assert other.verdict == "holds"
-    assert other.numbers == "1 against 2. As vilas2023, contradicted: 1 against 3"
+    assert other.numbers == "accuracy: 1 against 2. As vilas2023, contradicted: 1 against 3"
 
 
 def test_the_frame_has_a_row_for_every_claim():

@@ -199,7 +199,7 @@ def test_claims_are_judged_by_the_analyses(finished):
     accuracy = analyze_identifiability(out / "stores/a", permutations=20).accuracy["accuracy"]
     claim = by_id["more than nothing"]
     assert claim.verdict == "contradicted"
-    assert claim.numbers.startswith(f"{accuracy.item():.4g} [")
+    assert claim.numbers.startswith(f"accuracy: {accuracy.item():.4g} [")
     assert claim.contradiction.startswith(
         "The paper (§1): Every image of A is predicted right. Not"
     )

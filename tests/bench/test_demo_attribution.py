@@ -25,9 +25,9 @@ from classlens.extractor.scorer import Scorer
 CLASSES, PATCH, GRID = 100, 8, 8
 
 
-def make_pictures(draws):
-    """Some images of every class, with the share of each patch that the mask covers."""
-    drawn = [draw("test", label, seed) for seed in range(draws) for label in range(CLASSES)]
+def make_pictures(images):
+    """So many images, class after class, with the share of each patch that the mask covers."""
+    drawn = [draw("test", i % CLASSES, i // CLASSES) for i in range(images)]
     masks = np.stack([mask for _, mask in drawn]).reshape(-1, GRID, PATCH, GRID, PATCH)
     covered = (255 * masks.mean(axis=(2, 4))).astype(np.uint8).reshape(len(drawn), -1)
     targets = Targets(
@@ -42,7 +42,7 @@ def make_scorer(dtype):
 
 
 def by_autograd(scorer, pictures):
-    """Minus the gradients of each block's loss by its attention, and that attention; [L, N, H, G]."""
+    """Minus each block's gradient by its attention, and that attention; [L, N, H, G]."""
     maps, gradients = [], []
 
     def attend(query, key, value):
@@ -60,7 +60,7 @@ def by_autograd(scorer, pictures):
 
 
 def test_the_closed_form_is_the_gradient():
-    scorer, pictures = make_scorer(torch.float64), make_pictures(1)
+    scorer, pictures = make_scorer(torch.float64), make_pictures(12)
     gradients, _ = by_autograd(scorer, pictures)
     space = load_subject(demo_config(str(WEIGHTS))).space
     reducer = AttributionReducer(scorer.model, space)
@@ -75,7 +75,7 @@ def test_the_closed_form_is_the_gradient():
 
 @pytest.mark.slow
 def test_neither_the_true_mask_beats_chance_and_attention_makes_the_difference():
-    scorer, pictures = make_scorer(torch.float32), make_pictures(5)
+    scorer, pictures = make_scorer(torch.float32), make_pictures(500)
     gradients, attention = by_autograd(scorer, pictures)
     alone = beats_chance(scorer, pictures, gradients.sum(dim=(0, 2)))
     assert alone["negative"][1] < 0  # the whole interval: worse than chance
