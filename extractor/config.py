@@ -152,8 +152,9 @@ class ExtractConfig:
         """The same content on a device; on another one, what is set for speed falls to defaults."""
         if device == self.device:
             return self
-        kept = {k: v for k, v in vars(self).items() if k not in SPEED_FIELDS}
-        return ExtractConfig(**(kept | {"device": device}))
+        kept: dict[str, Any] = {k: v for k, v in vars(self).items() if k not in SPEED_FIELDS}
+        kept["device"] = device
+        return ExtractConfig(**kept)
 
     def content(self) -> dict[str, Any]:
         """The fields that decide which numbers are stored; the rest only decide how fast.

@@ -13,7 +13,7 @@ They have the fields
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, NoReturn
 
 from classlens.analysis.study.measures import MEASURES
 from classlens.analysis.study.plan import Check, Claim, Term
@@ -24,7 +24,7 @@ FIELDS = {
 }  # fmt: skip
 REQUIRED = ("id", "says", "check", "of")
 
-Refuse = Callable[[str], Any]
+Refuse = Callable[[str], NoReturn]
 
 
 def parse_claim(entry: dict[str, Any], names: Set[str], refuse: Refuse) -> list[Claim]:
@@ -45,10 +45,12 @@ def parse_claim(entry: dict[str, Any], names: Set[str], refuse: Refuse) -> list[
         of = _term("of", entry["of"], run, names, refuse)
         if check != "greater" and _chosen(of):
             refuse(f"of must be of all blocks for the check {check}; leave out its block or pick")
-        other = than
+        other: Term | float | None
         if isinstance(than, dict):
             other = _term("than", than, run, names, refuse)
-        elif isinstance(than, bool) or not isinstance(than, int | float | None):
+        elif than is None or (isinstance(than, int | float) and not isinstance(than, bool)):
+            other = than
+        else:
             refuse(f"than = {than!r} does not fit; give a number or {{ run, measure, … }}")
         claims.append(
             Claim(
@@ -73,7 +75,7 @@ def _term(
     measure = MEASURES.get(str(name))
     if measure is None:
         refuse(f"{key}.measure is {name!r}, which is unknown; known are {', '.join(MEASURES)}")
-    if run not in names:
+    if run is None or run not in names:
         refuse(f"{key}.run is {run!r}, which is no run or step")
     if unknown := [one for one in arguments if one not in measure.arguments]:
         refuse(f"{key}.{unknown[0]} is unknown; {name} takes {', '.join(measure.arguments)}")
