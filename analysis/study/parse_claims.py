@@ -75,7 +75,7 @@ def _term(
     measure = MEASURES.get(str(name))
     if measure is None:
         refuse(f"{key}.measure is {name!r}, which is unknown; known are {', '.join(MEASURES)}")
-    if run is None or run not in names:
+    if not isinstance(run, str) or run not in names:
         refuse(f"{key}.run is {run!r}, which is no run or step")
     if unknown := [one for one in arguments if one not in measure.arguments]:
         refuse(f"{key}.{unknown[0]} is unknown; {name} takes {', '.join(measure.arguments)}")
