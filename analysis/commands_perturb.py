@@ -29,14 +29,17 @@ BETTER = {"negative": "more is better", "positive": "less is better"}
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--method", "methods", multiple=True, type=click.Choice(RELEVANCE_METHODS),
-              default=RELEVANCE_METHODS, help="Repeatable  [default: all four]")  # fmt: skip
+              help="Repeatable  [default: all; linear-probe with --probe only]")  # fmt: skip
+@click.option("--probe", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Store of `classlens probe` on the same images, for linear-probe.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
               help=".parquet: every answer of every image. .json: curves and areas.")  # fmt: skip
 @click.option("--convention", type=click.Choice(["corrected", "vilas2023"]), default="corrected",
               show_default=True,
               help="Of loss and area; vilas2023 as the paper's published code.")  # fmt: skip
 @click.option("--blocks", metavar="0,3,5-7",
-              help="Whose class-embedding relevance is summed  [default: all]")  # fmt: skip
+              help="Whose class-embedding and linear-probe relevance is summed  "
+              "[default: all]")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), metavar="N",
               help="Only N images, evenly spread  [default: all]")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1),
@@ -59,6 +62,7 @@ def perturb(store: Path, out: Path, as_json: bool, **options: Any) -> None:
     class-embedding  gradient of the class-embedding loss of every block's attention
     chefer           relevance propagation (Chefer et al.); needs a backward pass
     rollout          attention rollout, (mean over heads + identity) / 2; knows no label
+    linear-probe     how well linear probes of a token, block by block, identify the class
     random           chance
 
     Areas under the curves: `corrected` takes the trapezoid rule from 0 to 100 % over the accuracy
@@ -66,7 +70,7 @@ def perturb(store: Path, out: Path, as_json: bool, **options: Any) -> None:
     authors' own numbers Chefer's relevance is ahead of theirs in both tests.
 
     \b
-    classlens perturb STORE --images 500 --out perturbation.parquet
+    classlens perturb STORE --images 500 --probe PROBES --out perturbation.parquet
     classlens report STORE --perturbation perturbation.parquet --out report.html
     """
     from classlens.analysis.perturbation import require_suffix, write_result
@@ -85,7 +89,8 @@ def perturb(store: Path, out: Path, as_json: bool, **options: Any) -> None:
 def run_perturbation(
     store: Path,
     *,
-    methods: Sequence[str] = RELEVANCE_METHODS,
+    methods: Sequence[str] | None = None,
+    probe: Path | None = None,
     convention: str = "corrected",
     blocks: str | None = None,
     images: int | None = None,
@@ -102,10 +107,10 @@ def run_perturbation(
     from classlens.extractor.prepare import prepare_again
     from classlens.extractor.relevance import make_methods
 
-    methods = tuple(dict.fromkeys(methods))
+    methods = _methods(methods, probe)
     if convention == "vilas2023" and steps is not None:
         raise UsageError("--convention vilas2023 keeps every number of patches; leave out --steps.")
-    chosen = _images(store, images)
+    chosen = _images(store, probe, images)
     with spinner("Walking the shards and loading the model"):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prepared = prepare_again(store, device=device)
@@ -117,6 +122,7 @@ def run_perturbation(
         scorer,
         methods,
         store=store if _holds(prepared, convention) else None,
+        probes=probe,
         convention=convention,
         blocks=wanted,
         seed=seed,
@@ -162,15 +168,29 @@ def _holds(prepared: Prepared, convention: str) -> bool:
     return "attribution" in config.reduce and config.convention == convention
 
 
-def _images(store: Path, count: int | None) -> list[int]:
+def _methods(asked: Sequence[str] | None, probe: Path | None) -> tuple[str, ...]:
+    """The methods asked for; of all, those that have what they need."""
+    if asked:
+        methods = tuple(dict.fromkeys(asked))
+    else:
+        methods = tuple(m for m in RELEVANCE_METHODS if m != "linear-probe" or probe is not None)
+    if ("linear-probe" in methods) != (probe is not None):
+        raise UsageError(
+            "--method linear-probe and --probe need each other; name the store that `classlens "
+            "probe` made of the same images, or leave both out."
+        )
+    return methods
+
+
+def _images(store: Path, probe: Path | None, count: int | None) -> list[int]:
+    """Places of images that are scored, by the probes too, evenly spread."""
     import numpy as np
-    import polars as pl
 
-    from classlens.analysis.scan import scan_images
+    from classlens.analysis.probes import check_probe
+    from classlens.analysis.result import scored_images
 
-    scored = scan_images(store).filter(pl.col("status") == "ok").collect()["image"].to_numpy()
-    if not len(scored):
-        raise UsageError(f"{store} has no scored image yet; run `classlens extract` to its end.")
+    images = scored_images(store)[0] if probe is None else check_probe(store, probe)
+    scored = images["image"].to_numpy()
     if count is None or count >= len(scored):
         return scored.tolist()
     return scored[np.rint(np.linspace(0, len(scored) - 1, count)).astype(int)].tolist()

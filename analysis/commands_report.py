@@ -21,6 +21,8 @@ FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
               type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="File of `classlens perturb`; repeatable.")  # fmt: skip
 @click.option("--probe", type=FOLDER, help="Store that `classlens probe` made of the same images.")
+@click.option("--values", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="What `classlens analyze values --json` printed of the model.")  # fmt: skip
 @click.option("--images", default=12, show_default=True, type=click.IntRange(0),
               help="Pictures shown of each store.")  # fmt: skip
 @click.option("--permutations", default=1000, show_default=True, type=click.IntRange(1),
@@ -33,6 +35,7 @@ def report(
     perturbed: tuple[Path, ...],
     perturbations: tuple[Path, ...],
     probe: Path | None,
+    values: Path | None,
     images: int,
     permutations: int,
     seed: int,
@@ -43,13 +46,15 @@ def report(
     tokens, and some images with the identifiability of their tokens laid on them; memories and
     attribution, of stores that have them; with --perturbed what interventions on the model do, with
     --perturbation the curves of perturbation tests, with --probe linear probes beside the class
-    embedding.
+    embedding, with --values the class-value agreement of the model's weights.
 
     \b
     classlens report store --control control --out report.html
     """
     from classlens.analysis.report import write_report
+    from classlens.analysis.values import read_agreement
 
+    agreement = None if values is None else read_agreement(values)
     with status("Analysing and drawing"):
         write_report(
             stores,
@@ -58,6 +63,7 @@ def report(
             perturbed=perturbed,
             perturbations=perturbations,
             probe=probe,
+            values=agreement,
             n_images=images,
             permutations=permutations,
             seed=seed,

@@ -19,7 +19,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `study` and `reproduce` share."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print the targets as JSON."),
+        click.option("--json", "as_json", is_flag=True, help="Print targets and claims as JSON."),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]),
                      help="Of runs that set none  [default: float32 on CPU, float16 on GPU]"),
         click.option("--device", help="[default: the GPU if there is one]"),
@@ -36,11 +36,12 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
               help="What its paths are relative to  [default: the folder of FILE]")  # fmt: skip
 @study_options
 def study(file: Path, data: Path | None, **options: Any) -> int:
-    """Runs a study: many extractions, their analyses, published numbers beside ours.
+    """Runs a study: many extractions, their analyses, published numbers and claims beside ours.
 
-    FILE lists runs, each with the options of `extract`, and targets: numbers to be met within a
-    tolerance. What is done is skipped, so the same command goes on where it stopped; a run that
-    fails does not stop the others. Ends with a table, targets.parquet and report.html in --out.
+    FILE lists runs, each with the options of `extract`; targets: numbers to be met within a
+    tolerance; and claims: what a paper says, with a check. What is done is skipped, so the same
+    command goes on where it stopped; a run that fails does not stop the others. Ends with tables,
+    targets.parquet, claims.parquet and report.html in --out.
 
     \b
     [study]
@@ -59,6 +60,13 @@ def study(file: Path, data: Path | None, **options: Any) -> int:
     measure = "identifiability_rate"
     value = 67.04
     tolerance = 2
+    [[claim]]
+    id = "far above chance"
+    says = "Trained weights identify the class, random ones do not"
+    check = "greater"
+    of = { run = "b16", measure = "identifiability_rate" }
+    than = { run = "b16-random", measure = "identifiability_rate" }
+    factor = 10
     \b
     classlens study mine.toml --out mine
     """
@@ -80,6 +88,7 @@ def run(
     """Runs a study, prints its table, writes its page; the exit code."""
     import torch
 
+    from classlens.analysis.study.claims import claims_frame, claims_table
     from classlens.analysis.study.page import write_page
     from classlens.analysis.study.runner import Place, run_study
     from classlens.analysis.study.verdicts import findings_frame, findings_table, missing
@@ -88,18 +97,26 @@ def run(
     result = run_study(study, place, only=only, say=lambda line: click.echo(line, err=as_json))
     frame = findings_frame(result.findings)
     out.mkdir(parents=True, exist_ok=True)
+    claims = claims_frame(result.claims)
     frame.write_parquet(out / "targets.parquet")
+    claims.write_parquet(out / "claims.parquet")
     models = [run.name for run in study.runs if run.depends_on is None]
     pages = {name: place.page(name) for name in models}
-    page = write_page(study, result.outcomes, result.findings, out / "report.html", pages)
+    page = write_page(study, result, out / "report.html", pages)
     if as_json:
-        click.echo(json.dumps(frame.to_dicts()))
+        click.echo(json.dumps({"targets": frame.to_dicts(), "claims": claims.to_dicts()}))
     else:
         from rich.console import Console
 
-        Console().print(findings_table(study.title, result.findings))
+        console = Console()
+        console.print(findings_table(study.title, result.findings))
         for line in missing(result.findings):
             click.echo(line)
+        if result.claims:
+            console.print(claims_table(result.claims))
+        for claim in result.claims:
+            if claim.contradiction:
+                click.echo(f"contradicted: {claim.contradiction}")
         click.echo(page)
     failed = [outcome for outcome in result.outcomes if outcome.state == "failed"]
     for outcome in failed:

@@ -12,9 +12,16 @@ METHOD_COLORS = {
     "class-embedding": "#0072B2",
     "chefer": "#D55E00",
     "rollout": "#009E73",
+    "linear-probe": "#CC79A7",
     "random": "#6B6B6B",
 }
-METHOD_DASHES = {"class-embedding": [1, 0], "chefer": [7, 2], "rollout": [3, 2], "random": [1, 2]}
+METHOD_DASHES = {
+    "class-embedding": [1, 0],
+    "chefer": [7, 2],
+    "rollout": [3, 2],
+    "linear-probe": [7, 2, 2, 2],
+    "random": [1, 2],
+}
 PANELS = {
     "negative": ["negative test: the most relevant are kept", "a larger area is better"],
     "positive": ["positive test: the least relevant are kept", "a smaller area is better"],

@@ -83,7 +83,7 @@ def intervention_blocks_chart(blocks: pl.DataFrame) -> Any:
         .encode(y=y)
         .transform_filter(alt.datum.source != "chance"),
         data=rows,
-    ).properties(width=230, height=160)
+    ).properties(width=230 if len(names) <= 3 else 190, height=160)
     header = alt.Header(labelFontSize=13, labelColor="#222", labelPadding=6, labelFontWeight=600)
     return styled(
         panel.facet(

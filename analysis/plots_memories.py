@@ -8,6 +8,7 @@ import altair as alt
 import polars as pl
 
 from classlens.analysis.plot_style import CONTROL_COLOR, LEVEL, block_axis, color_of, styled
+from classlens.analysis.plots_sublayers import difference_panels
 
 SUBLAYER_TITLES = {"attn": "attention", "mlp": "MLP"}
 GROUP_LINES = {"all": "all tokens", "cls": "CLS token"}
@@ -49,6 +50,17 @@ def composition_chart(composition: pl.DataFrame) -> Any:
         line=pl.col("group").replace(lines), source=pl.lit("model"), value=pl.col("composed")
     )
     return _panels(rows, "tokens with the class of one memory (%)", list(lines.values()))
+
+
+def correct_minus_wrong_chart(difference: pl.DataFrame) -> Any:
+    """Agreement rate of CLS in correct less wrong images, a panel a sublayer.
+
+    Args:
+        difference: of ``memories.correct_minus_wrong``, of one convention, not empty.
+    """
+    title = "Δ agreement of CLS (points), correct − wrong"
+    panels = difference_panels(difference, "sublayer", title, "correct ahead")
+    return styled(panels.resolve_scale(fill="independent", y="shared"))
 
 
 def class_value_chart(agreement: pl.DataFrame) -> Any:

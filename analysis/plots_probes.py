@@ -46,7 +46,7 @@ def probe_chart(comparison: pl.DataFrame) -> alt.FacetChart:
         base.mark_line(strokeWidth=2).encode(y=y, strokeDash=line_dash(rows, DASHES)),
         base.mark_circle(size=25, opacity=1).encode(y=y).transform_filter(drawn),
         data=rows,
-    ).properties(width=262, height=175)
+    ).properties(width=262 if len(streams) <= 3 else 190, height=175)
     groups = [group for group in GROUP_TITLES if group in comparison["group"].to_list()]
     return styled(
         faceted(

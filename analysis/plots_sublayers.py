@@ -90,7 +90,7 @@ def sublayer_context_chart(context: pl.DataFrame) -> alt.ConcatChart:
         context: ``sublayer_context`` of one convention, not empty.
     """
     title = "Δ change of label logit, class − context"
-    panels = _difference_panels(context, "sublayer", title, "class ahead")
+    panels = difference_panels(context, "sublayer", title, "class ahead")
     return styled(panels.resolve_scale(fill="independent", y="independent"))
 
 
@@ -101,7 +101,7 @@ def correct_minus_wrong_chart(difference: pl.DataFrame) -> alt.ConcatChart:
         difference: ``cls_correct_minus_wrong`` of one convention, not empty.
     """
     title = "Δ identifiability r of CLS, correct − wrong"
-    panels = _difference_panels(difference, "stream", title, "correct ahead")
+    panels = difference_panels(difference, "stream", title, "correct ahead")
     return styled(panels.resolve_scale(fill="independent", y="shared"))
 
 
@@ -144,7 +144,7 @@ def composition_chart(composition: pl.DataFrame) -> alt.FacetChart:
     return styled(faceted(panel, columns=groups, rows=[""]))
 
 
-def _difference_panels(frame: pl.DataFrame, by: str, title: str, ahead: str) -> alt.ConcatChart:
+def difference_panels(frame: pl.DataFrame, by: str, title: str, ahead: str) -> alt.ConcatChart:
     """A :func:`difference_chart` for each value of a column that names a stream."""
     streams = frame[by].unique(maintain_order=True).to_list()
     in_row = 3 if len(streams) == 3 else 2

@@ -61,8 +61,8 @@ def compare_probe(store: str | Path, probe_store: str | Path, *, seed: int = 0) 
     return pl.concat(parts)
 
 
-def check_probe(store: Path, probe_store: Path) -> None:
-    """Checks that one store is of linear probes on the model and images of the other.
+def check_probe(store: Path, probe_store: Path) -> pl.DataFrame:
+    """The images (image, key) of both stores, one of linear probes on the other's model and images.
 
     Raises:
         UsageError: it is not.
@@ -77,7 +77,7 @@ def check_probe(store: Path, probe_store: Path) -> None:
     remedy = f"run `classlens probe` with the model of {store} and its shards as --test."
     if not same_weights(attributes, of_probe):
         raise UsageError(f"{probe_store} probes other weights than those of {store}; {remedy}")
-    paired_images(store, probe_store, remedy=remedy)
+    return paired_images(store, probe_store, remedy=remedy)
 
 
 def same_weights(attributes: dict[str, Any], others: dict[str, Any]) -> bool:

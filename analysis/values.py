@@ -10,8 +10,10 @@ Shape letters: C classes, D width, F value vectors of a sublayer, L blocks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +43,26 @@ class ValuesResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping: settings, and the frame as a list of rows."""
         return vars(self) | {"agreement": self.agreement.to_dicts()}
+
+
+def read_agreement(path: Path) -> pl.DataFrame:
+    """The frame of :func:`class_value` behind the JSON of `classlens analyze values`.
+
+    Raises:
+        UsageError: it is no such file.
+    """
+    try:
+        return agreement_frame(json.loads(path.read_text())["agreement"])
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise UsageError(
+            f"{path} is no result of `classlens analyze values` ({type(error).__name__}); give a "
+            "file with what it prints with --json."
+        ) from error
+
+
+def agreement_frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """The frame of :func:`class_value` from its rows."""
+    return pl.DataFrame(rows, schema_overrides=AGREEMENT_SCHEMA, infer_schema_length=None)
 
 
 def load_model(model: str, weights: str, model_args: dict[str, Any]) -> Subject:

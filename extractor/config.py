@@ -13,6 +13,8 @@ from classlens.extractor.schema import INTERVENTIONS, REDUCERS, REMOVALS, STREAM
 
 DTYPES = ("float32", "float16", "bfloat16")
 INTERVENTION_FIELDS = frozenset({"intervene", "intervene_blocks", "class_fraction"})
+SPEED_FIELDS = frozenset({"batch_size", "decode_threads", "compile", "cuda_graph"})
+"""What only decides how fast a device works; not part of what is stored."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,20 @@ class ExtractConfig:
             fields["intervene_blocks"] = tuple(fields["intervene_blocks"])
         return ExtractConfig(**fields)
 
+    def on(self, device: str) -> ExtractConfig:
+        """The same content on a device; on another one, what is set for speed falls to defaults."""
+        if device == self.device:
+            return self
+        kept: dict[str, Any] = {k: v for k, v in vars(self).items() if k not in SPEED_FIELDS}
+        kept["device"] = device
+        return ExtractConfig(**kept)
+
     def content(self) -> dict[str, Any]:
         """The fields that decide which numbers are stored; the rest only decide how fast.
 
         Of weights and classes it is the content that decides, and not the place.
         """
-        left_out = {"device", "batch_size", "decode_threads", "compile", "cuda_graph"}
-        left_out |= {"weights", "classes"}
+        left_out = {"device", "weights", "classes"} | SPEED_FIELDS
         if self.intervene is None:
             left_out |= INTERVENTION_FIELDS
         return {k: v for k, v in self.to_json().items() if k not in left_out}

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from classlens.extractor.blocks import embed
-from classlens.extractor.errors import ModelError
+from classlens.extractor.errors import ModelError, UsageError
 from classlens.extractor.models import predict
 from classlens.extractor.pictures import Pictures, read_pictures
 from classlens.extractor.prepare import Prepared
@@ -45,8 +45,14 @@ def make_perturbed(prepared: Prepared) -> Scorer:
 
     Raises:
         ModelError: it does not predict from a CLS token, so that nothing is left without patches.
+        UsageError: the store is of an intervention, which neither the test nor baselines apply.
     """
-    model = prepared.subject.model
+    model, intervene = prepared.subject.model, prepared.config.intervene
+    if intervene is not None:
+        raise UsageError(
+            f"The store was extracted with --intervene {intervene}, and the perturbation test is "
+            "of the model as it is; name the store extracted without --intervene."
+        )
     if "cls" not in prepared.subject.prefix_kinds or model.global_pool != "token":
         raise ModelError(
             f"{prepared.config.model} does not predict from a CLS token, which the perturbation "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,8 @@ def prepare_again(store: str | Path, *, device: str | None = None) -> Prepared:
     """What an extraction was prepared with, from its store: the same images, model and settings.
 
     Args:
-        device: to run on; the extraction's own by default.
+        device: to run on; the extraction's own by default. On another one, settings that only
+            concern speed are left to it.
 
     Raises:
         StoreError: there is no store. ShardError: its shards are gone or have changed.
@@ -127,7 +128,7 @@ def prepare_again(store: str | Path, *, device: str | None = None) -> Prepared:
     config = ExtractConfig.from_json(attributes_then["config"])
     units = pl.read_parquet(Path(store) / UNITS_FILE)
     shards = units["shard"].unique(maintain_order=True).to_list()
-    prepared = prepare(replace(config, device=device or config.device), shards)
+    prepared = prepare(config.on(device or config.device), shards)
     check_fingerprint(Path(store), attributes_then, attributes(prepared))
     return prepared
 

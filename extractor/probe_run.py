@@ -109,9 +109,15 @@ def prepare_probe(
         allow_overlap: do not mind training keys among the test keys.
 
     Raises:
-        ShardError, ModelError: see `prepare`. UsageError: no training image has a usable label, a
-            training image is among the test images, or the memory does not hold one probe.
+        ShardError, ModelError: see `prepare`. UsageError: there is an intervention, no training
+            image has a usable label, a training image is among the test images, or the memory does
+            not hold one probe.
     """
+    if config.intervene is not None:
+        raise UsageError(
+            f"Probes are of the model as it is, without --intervene {config.intervene}; probe the "
+            "run that is not perturbed."
+        )
     train_plan = make_plan(expand_shards(train_shards))
     test = prepare(config, test_shards, class_names)
     chosen = choose_training_images(train_plan, per_class, test.layout.classes)

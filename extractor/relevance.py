@@ -19,10 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from classlens.extractor.blocks import walk
+from classlens.extractor.errors import UsageError
 from classlens.extractor.models import predict
 from classlens.extractor.pictures import Pictures
 from classlens.extractor.prepare import Prepared
 from classlens.extractor.reducers.attribution import AttributionReducer
+from classlens.extractor.schema import read_layout
 from classlens.extractor.scorer import Scorer
 
 Relevance = Callable[[Pictures], Tensor]
@@ -35,6 +37,7 @@ def make_methods(
     names: Sequence[str],
     *,
     store: Path | None,
+    probes: Path | None = None,
     convention: str = "corrected",
     blocks: Sequence[int] | None = None,
     seed: int = 0,
@@ -44,8 +47,9 @@ def make_methods(
     Args:
         scorer: the model, on its device and in its dtype, without reducers.
         store: where the class-embedding relevance is read; None computes it.
+        probes: store of linear probes on the same images, for ``linear-probe``.
         convention: of the class-embedding relevance, where it is computed.
-        blocks: whose class-embedding relevance is summed; all when None.
+        blocks: whose class-embedding and linear-probe relevance is summed; all when None.
         seed: of ``random``.
     """
     model = scorer.model
@@ -63,12 +67,17 @@ def make_methods(
             return stored_relevance(store, pictures.targets.images.numpy(), blocks)
         return class_embedding_relevance(prepared, scorer, pictures, convention, blocks)
 
+    def linear_probe(pictures: Pictures) -> Tensor:
+        assert probes is not None, "linear probes are read from their store"
+        return probe_relevance(probes, pictures.targets.images.numpy(), blocks)
+
     made: dict[str, Relevance] = {
         "class-embedding": class_embedding,
         "chefer": lambda pictures: chefer_relevance(
             model, images(pictures), labels(pictures), scorer.embeddings
         ),
         "rollout": lambda pictures: rollout_relevance(model, images(pictures)),
+        "linear-probe": linear_probe,
         "random": lambda pictures: random_relevance(
             pictures.targets.images, prepared.layout.patches, seed
         ),
@@ -78,14 +87,41 @@ def make_methods(
 
 def stored_relevance(store: Path, images: np.ndarray, blocks: Sequence[int] | None) -> Tensor:
     """Class-embedding relevance of ascending places on the image axis, summed over blocks."""
-    span = slice(int(images[0]), int(images[-1]) + 1)
     relevance_NLG, exponent_NL = (
-        np.asarray(zarr.open_array(str(store / path), mode="r")[span])[images - images[0]]
-        for path in ("attribution/relevance", "attribution/exponent")
+        _read(store, path, images) for path in ("attribution/relevance", "attribution/exponent")
     )
     relevance_NLG = np.ldexp(relevance_NLG.astype(np.float64), exponent_NL[..., None])
-    chosen = slice(None) if blocks is None else list(blocks)
-    return torch.from_numpy(relevance_NLG[:, chosen].sum(axis=1))
+    return torch.from_numpy(relevance_NLG[:, _chosen(blocks)].sum(axis=1))
+
+
+def probe_relevance(probes: Path, images: np.ndarray, blocks: Sequence[int] | None) -> Tensor:
+    """Minus the label's ranks under each token's linear probes of ``resid``, summed over blocks.
+
+    As the paper's code: a patch is the more relevant the better probes of it, trained in its place
+    on block outputs, identify the class. Of ascending places on the image axis.
+
+    Raises:
+        UsageError: there are no probes of ``resid``.
+    """
+    layout = read_layout(probes)
+    if "resid" not in layout.streams:
+        raise UsageError(
+            f"{probes} has no probes of the stream resid, whose ranks make the relevance; run "
+            "`classlens probe` with --streams that include resid."
+        )
+    rank_NLST = _read(probes, "scores/rank", images)
+    rank_NLG = rank_NLST[:, _chosen(blocks), layout.streams.index("resid"), layout.prefix :]
+    return torch.from_numpy(-rank_NLG.sum(axis=1, dtype=np.int64))
+
+
+def _read(store: Path, path: str, images: np.ndarray) -> np.ndarray:
+    """An array of a store at ascending places on the image axis."""
+    span = slice(int(images[0]), int(images[-1]) + 1)
+    return np.asarray(zarr.open_array(str(store / path), mode="r")[span])[images - images[0]]
+
+
+def _chosen(blocks: Sequence[int] | None) -> slice | list[int]:
+    return slice(None) if blocks is None else list(blocks)
 
 
 @torch.inference_mode()

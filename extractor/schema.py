@@ -27,7 +27,7 @@ KNOCKOUTS = ("self-only", "no-cls", "no-cls-renormalised")
 REMOVALS = ("drop-context", "drop-class")
 INTERVENTIONS = (*KNOCKOUTS, *REMOVALS)
 """What `extract --intervene` does to attention; see `classlens.extractor.interventions`."""
-RELEVANCE_METHODS = ("class-embedding", "chefer", "rollout", "random")
+RELEVANCE_METHODS = ("class-embedding", "chefer", "rollout", "linear-probe", "random")
 """What ranks an image's patches in the perturbation test."""
 SUBLAYERS = ("attn", "mlp")
 MEMORY_FLAGS = (

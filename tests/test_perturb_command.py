@@ -4,6 +4,7 @@ import json
 
 import polars as pl
 import pytest
+from samples import sample, write_tar
 from test_cli import MODEL, run
 
 from classlens.extractor import relevance
@@ -52,6 +53,36 @@ def test_a_store_without_attribution_computes_it(make_store, tmp_path, monkeypat
     assert {row["kept"] for row in result["curves"]} == {0, 4, 8, 12, 16}
     assert len(result["auc"]) == 4
     assert len(result["differences"]) == 2
+
+
+def test_linear_probes_rank_patches_by_their_store(make_store, tmp_path):
+    store, out = make_store(), tmp_path / "p.json"
+    train = write_tar(tmp_path / "train.tar", [sample(i) for i in range(20, 32)])
+    probes = tmp_path / "probes"
+    run("probe", train, "--test", tmp_path / "shards", *MODEL, "--out", probes)
+    _, shown, _ = run("perturb", store, "--probe", probes, "--device", "cpu", "--out", out)
+    for text in ("class-embedding", "chefer", "rollout", "linear-probe", "random"):
+        assert text in shown
+    assert len(json.loads(out.read_text())["differences"]) == 20  # ten pairs, two tests
+    run("report", store, "--perturbation", out, "--images", 2, "--permutations", 5,
+        "--out", tmp_path / "r.html")  # fmt: skip
+    assert "linear-probe" in (tmp_path / "r.html").read_text()
+    for options, message in (
+        (("--method", "linear-probe"), "need each other"),
+        (("--method", "random", "--probe", probes), "need each other"),
+        (("--probe", store), "was made by `classlens extract`"),
+    ):
+        code, _, err = run("perturb", store, *options, "--device", "cpu", "--out", out)
+        assert code == UsageError.exit_code
+        assert message in err
+
+
+def test_a_store_of_an_intervention_is_refused(make_store, tmp_path):
+    store = make_store("--intervene", "self-only")
+    code, _, err = run("perturb", store, "--device", "cpu", "--out", tmp_path / "p.json")
+    assert code == UsageError.exit_code
+    assert "extracted with --intervene self-only" in err
+    assert "name the store extracted without" in err
 
 
 def test_vilas2023_takes_its_own_loss_and_every_count(make_store, tmp_path):

@@ -45,6 +45,12 @@ def memory_section(
             "in the table below.",
         ),
     }
+    if not result.correct_minus_wrong.is_empty():
+        charts["correct_wrong"] = to_svg(
+            plots_memories.correct_minus_wrong_chart(result.correct_minus_wrong),
+            f"Agreement rate of CLS in correctly less wrongly predicted images over the blocks of "
+            f"{name}; the numbers are in the table below.",
+        )
     return MemorySection(
         result, {k: Markup(chart) for k, chart in charts.items()}, _rows(result, published)
     )

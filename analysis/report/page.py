@@ -28,6 +28,7 @@ from classlens.analysis.identifiability import (
     rate,
 )
 from classlens.analysis.perturbation import NOTE as PERTURBATION_NOTE
+from classlens.analysis.plots_memories import class_value_chart
 from classlens.analysis.report.attribution import (
     RelevancePicture,
     perturbation_figure,
@@ -81,6 +82,7 @@ def write_report(
     perturbed: Sequence[str | Path] = (),
     perturbations: Sequence[Path] = (),
     probe: str | Path | None = None,
+    values: pl.DataFrame | None = None,
     n_images: int = 12,
     permutations: int = 1000,
     seed: int = 0,
@@ -93,6 +95,7 @@ def write_report(
             one store.
         perturbations: files of `classlens perturb`.
         probe: a store of linear probes, set beside the stores of the same weights.
+        values: class-value agreement of the model, of `analysis.values`; then there is one store.
         n_images: pictures shown of each store, 0 for none.
 
     Raises:
@@ -102,10 +105,11 @@ def write_report(
     paths = [Path(store) for store in stores]
     if not paths:
         raise UsageError("No stores given; name at least one folder of `classlens extract`.")
+    if len(paths) > 1 and (perturbed or values is not None):
+        option = "--perturbed stores belong" if perturbed else "--values belongs"
+        raise UsageError(f"{option} to one model; report on one store.")
     interventions = None
     if perturbed:
-        if len(paths) > 1:
-            raise UsageError("--perturbed stores belong to one model; report on one store.")
         interventions = interventions_section(paths[0], [Path(p) for p in perturbed], seed=seed)
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
@@ -117,7 +121,7 @@ def write_report(
         probes = (
             make_probe_part(path, name, Path(probe), seed) if probe and path in probed else None
         )
-        sections.append(_section(name, result, n_images, probes))
+        sections.append(_section(name, result, n_images, probes, values))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
     template = _environment().get_template("template.html")
@@ -146,7 +150,11 @@ def write_report(
 
 
 def _section(
-    name: str, result: IdentifiabilityResult, n_images: int, probe: ProbePart | None
+    name: str,
+    result: IdentifiabilityResult,
+    n_images: int,
+    probe: ProbePart | None,
+    values: pl.DataFrame | None,
 ) -> Section:
     store = result.store
     attributes = read_attributes(store)
@@ -168,6 +176,12 @@ def _section(
             plots.context_chart(result.context),
             f"Class-minus-context difference over the blocks of {name}; the numbers are in the "
             "table below.",
+        )
+    if values is not None:
+        charts["class_value"] = _figure(
+            class_value_chart(values),
+            f"Line charts of class-value agreement over the blocks of {name}, which "
+            "`classlens analyze values` prints.",
         )
     writing = make_writing(store, name, permutations=result.permutations, seed=result.seed)
     charts |= {key: _figure(chart, text) for key, (chart, text) in writing.charts.items()}

@@ -1,8 +1,8 @@
-"""The page of a study: what was run, published numbers beside ours, and the figures of both."""
+"""The page of a study: claims, published numbers beside ours, figures of both, what was run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,18 +14,13 @@ from markupsafe import Markup
 
 from classlens.analysis.plot_style import to_svg
 from classlens.analysis.study import chart
+from classlens.analysis.study.claims import claim_counts
 from classlens.analysis.study.plan import Study
-from classlens.analysis.study.runner import Outcome
-from classlens.analysis.study.verdicts import Finding, counts, findings_frame, number, rows
+from classlens.analysis.study.runner import StudyResult
+from classlens.analysis.study.verdicts import counts, findings_frame, number, rows
 
 
-def write_page(
-    study: Study,
-    outcomes: Sequence[Outcome],
-    findings: Sequence[Finding],
-    out: Path,
-    pages: dict[str, Path],
-) -> Path:
+def write_page(study: Study, result: StudyResult, out: Path, pages: dict[str, Path]) -> Path:
     """Writes the self-contained page of a study and returns its path.
 
     Args:
@@ -34,7 +29,9 @@ def write_page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = _number
+    environment.filters["number"] = lambda value: _minus(number(value))
+    environment.filters["minus"] = _minus
+    findings = result.findings
     frame = findings_frame(findings)
     links = {
         name: page.relative_to(out.parent).as_posix()
@@ -43,7 +40,9 @@ def write_page(
     }
     page = environment.from_string(_asset("classlens.analysis.study", "template.html")).render(
         study=study,
-        outcomes=outcomes,
+        outcomes=result.outcomes,
+        claims=result.claims,
+        claim_counts=claim_counts(result.claims),
         rows=list(rows(findings)),
         counts=counts(findings),
         charts=_charts(frame),
@@ -69,8 +68,9 @@ def _charts(frame: pl.DataFrame) -> dict[str, Markup]:
     return charts
 
 
-def _number(value: float | None) -> str:
-    return number(value).replace("-", "−")
+def _minus(text: str) -> str:
+    """With a proper sign before negative numbers."""
+    return re.sub(r"-(?=[\d.])", "−", text)
 
 
 def _asset(package: str, name: str) -> str:

@@ -5,6 +5,7 @@
     [[run]]                 name, and any field of `ExtractConfig`; becomes the store stores/NAME
     [[perturb]] [[probe]]   name, of (a run), and options
     [[target]]              id, run, measure and its arguments, value, tolerance, source, reason
+    [[claim]]               id, says, check, of, than, …; see `analysis.study.parse_claims`
 
 A run with ``control_of`` or ``perturbed_of`` takes the settings of the run it names, and its own on
 top. ``values`` with ``first_block`` in place of ``value`` makes a target of each block (0-based);
@@ -23,7 +24,18 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from classlens.analysis.study.measures import MEASURES
-from classlens.analysis.study.plan import CONFIG, PACKED, SETTINGS, Pack, Run, Step, Study, Target
+from classlens.analysis.study.parse_claims import FIELDS, REQUIRED, parse_claim
+from classlens.analysis.study.plan import (
+    CONFIG,
+    PACKED,
+    SETTINGS,
+    Claim,
+    Pack,
+    Run,
+    Step,
+    Study,
+    Target,
+)
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import UsageError
 
@@ -58,7 +70,7 @@ def parse_study(text: str, file: str) -> Study:
 
 
 STEP_OPTIONS: dict[str, dict[str, Any]] = {
-    "perturb": {"methods": list[str], "images": int, "steps": int},
+    "perturb": {"methods": list[str], "images": int, "steps": int, "probe": str},
     "probe": {"train": list[str], "per_class": int, "alpha": float},
 }
 """What `classlens perturb` and `classlens probe` are given besides their store."""
@@ -78,7 +90,7 @@ class _Parser:
                 self.lines[header[1], place] = number
 
     def study(self) -> Study:
-        tables = ("study", "pack", "run", "perturb", "probe", "target")
+        tables = ("study", "pack", "run", "perturb", "probe", "target", "claim")
         for name in self.document:
             if name not in tables:
                 self.refuse(name, 0, f"unknown table; a study has {', '.join(tables)}")
@@ -90,20 +102,27 @@ class _Parser:
         packs = tuple(self.entries("pack", self.pack))
         runs = self.runs(tuple(head.get("shards", ())), {pack.name for pack in packs})
         names = {run.name for run in runs}
-        steps = [
-            *self.entries("perturb", lambda i, e: self.step("perturb", i, e, names)),
-            *self.entries("probe", lambda i, e: self.step("probe", i, e, names)),
-        ]
+        probes = tuple(self.entries("probe", lambda i, e: self.step("probe", i, e, names)))
+        tests = tuple(self.entries("perturb", lambda i, e: self.step("perturb", i, e, names)))
+        of_probe = {probe.name: probe.of for probe in probes}
+        for place, test in enumerate(tests):
+            used = test.options.get("probe")
+            if used is not None and of_probe.get(used) != test.of:
+                self.refuse("perturb", place, f"has probe {used!r}, which is no [[probe]] of "
+                            f"{test.of!r}")  # fmt: skip
+        steps = (*probes, *tests)  # a test may rank by probes
         self.unique("step", [step.name for step in steps])
         known_names = names | {step.name for step in steps}
         targets = self.entries("target", lambda i, e: self.targets(i, e, known_names))
+        claims = self.entries("claim", lambda i, e: self.claims(i, e, known_names))
         return Study(
             name=head["name"],
             title=head.get("title", head["name"]),
             packs=packs,
             runs=tuple(runs),
-            steps=tuple(steps),
+            steps=steps,
             targets=tuple(chain.from_iterable(targets)),
+            claims=tuple(chain.from_iterable(claims)),
             seed=head.get("seed", 0),
             permutations=head.get("permutations", 1000),
         )
@@ -113,7 +132,7 @@ class _Parser:
         found = self.document.get(table, [])
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             self.refuse(table, 0, f"must be written [[{table}]], one for each")
-        names = [entry.get("id" if table == "target" else "name") for entry in found]
+        names = [entry.get("id" if table in ("target", "claim") else "name") for entry in found]
         self.unique(table, names)
         for place, entry in enumerate(found):
             yield make(place, entry)
@@ -200,7 +219,7 @@ class _Parser:
             if not values or not all(_fits(one, float) for one in values):
                 self.refuse("target", place, f"has {value!r}, which is no number")
             series = isinstance(value, list)
-            if series and ("first_block" not in entry or "block" not in measure.arguments):
+            if series and ("first_block" not in entry or measure.choose != "block"):
                 self.refuse("target", place, "has values of blocks, but no first_block, or a "
                             "measure without block")  # fmt: skip
             lacking = set(measure.required) - arguments.keys() - ({"block"} if series else set())
@@ -220,6 +239,10 @@ class _Parser:
                 for i, one in enumerate(values)
             ]
         return targets
+
+    def claims(self, place: int, entry: dict[str, Any], names: set[str]) -> list[Claim]:
+        self.check("claim", place, entry, FIELDS, REQUIRED)
+        return parse_claim(entry, names, lambda problem: self.refuse("claim", place, problem))
 
     def check(
         self,

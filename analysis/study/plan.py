@@ -1,4 +1,4 @@
-"""What a study is: runs, steps and targets, as frozen dataclasses."""
+"""What a study is: runs, steps, targets and claims, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -73,6 +73,41 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Term:
+    """What a claim is about: a measure of a run or step, of all blocks unless arguments choose."""
+
+    run: str
+    measure: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Check = Literal["greater", "rises", "peaks late"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and how it is checked; see `classlens.analysis.study.claims`.
+
+    says: a sentence. source: where it stands. of, than, factor: ``greater`` asks for of > factor ·
+    than; the other checks take ``of`` alone. contradicted: what to add where it does not hold.
+    """
+
+    id: str
+    says: str
+    check: Check
+    of: Term
+    than: Term | float | None = None
+    factor: float = 1.0
+    source: str = ""
+    contradicted: str = ""
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What is measured for it."""
+        return (self.of, self.than) if isinstance(self.than, Term) else (self.of,)
+
+
+@dataclass(frozen=True)
 class Study:
     """A whole study, its references checked. seed, permutations: of its tests."""
 
@@ -82,6 +117,7 @@ class Study:
     runs: tuple[Run, ...]
     steps: tuple[Step, ...]
     targets: tuple[Target, ...]
+    claims: tuple[Claim, ...] = ()
     seed: int = 0
     permutations: int = 1000
 
@@ -94,7 +130,7 @@ class Study:
         return next((run for run in self.runs if run.control_of == name), None)
 
     def limited_to(self, models: tuple[str, ...]) -> Study:
-        """The study of some runs, with their controls, perturbations, steps and targets.
+        """The study of some runs, with their controls, perturbations, steps, targets and claims.
 
         Raises:
             UsageError: there is no such run.
@@ -104,11 +140,15 @@ class Study:
             raise UsageError(f"{self.name} has no model {unknown[0]!r}; it has {', '.join(names)}.")
         kept = tuple(run for run in self.runs if {run.name, run.depends_on} & set(models))
         kept_names = {run.name for run in kept}
+        steps = tuple(step for step in self.steps if step.of in kept_names)
         packs = {shard.removeprefix(PACKED) for run in kept for shard in run.shards}
+        packs |= {s.removeprefix(PACKED) for step in steps for s in step.options.get("train", ())}
+        kept_names |= {step.name for step in steps}
         return replace(
             self,
             packs=tuple(pack for pack in self.packs if pack.name in packs),
             runs=kept,
-            steps=tuple(step for step in self.steps if step.of in kept_names),
+            steps=steps,
             targets=tuple(target for target in self.targets if target.run in kept_names),
+            claims=tuple(c for c in self.claims if kept_names.issuperset(t.run for t in c.terms)),
         )

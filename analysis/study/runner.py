@@ -1,8 +1,8 @@
 """Runs a study: packs, extracts, analyses, and goes on where it stopped.
 
 In the output folder: shards/NAME of what was packed, stores/NAME of each run, results/ (one JSON a
-run and analysis, with the fingerprints of its inputs), targets.parquet, pages/NAME.html and
-report.html.
+run and analysis, with the fingerprints of its inputs), targets.parquet, claims.parquet,
+pages/NAME.html and report.html.
 """
 
 from __future__ import annotations
@@ -17,8 +17,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from classlens.analysis.study.measures import ANALYSES, MEASURES, Subject
-from classlens.analysis.study.plan import CONFIG, PACKED, Pack, Run, Step, Study, Target
+from classlens.analysis.study.claims import ClaimFinding, judge_claim
+from classlens.analysis.study.measures import ANALYSES, MEASURES, Reading, Series, Subject
+from classlens.analysis.study.plan import (
+    CONFIG,
+    PACKED,
+    Claim,
+    Pack,
+    Run,
+    Step,
+    Study,
+    Target,
+    Term,
+)
 from classlens.analysis.study.verdicts import Finding, judge
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.console import bar, status
@@ -40,10 +51,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """outcomes: of all steps, in order. findings: of all targets, in order."""
+    """outcomes, findings, claims: of all steps, targets and claims, in order."""
 
     outcomes: tuple[Outcome, ...]
     findings: tuple[Finding, ...]
+    claims: tuple[ClaimFinding, ...]
     bad_images: int
 
     @property
@@ -135,7 +147,8 @@ def run_study(
         outcomes.append(outcome)
         say(f"{outcome.step}: {outcome.state}" + (f" ({outcome.note})" if outcome.note else ""))
     findings = tuple(judge(target, *runner.measured(target)) for target in study.targets)
-    return StudyResult(tuple(outcomes), findings, runner.bad_images)
+    claims = tuple(runner.judged(claim) for claim in study.claims)
+    return StudyResult(tuple(outcomes), findings, claims, runner.bad_images)
 
 
 class _Runner:
@@ -218,8 +231,10 @@ class _Runner:
         store = self.place.store(step.of)
         if not _complete(store):
             raise UsageError(f"{step.of} has not been run.")
+        probes = self.probes_of(step)
         inputs = {
             "store": _fingerprint(store),
+            "probes": probes and _fingerprint(probes),
             "options": dict(step.options),
             "seed": self.study.seed,
             "classlens": version("classlens"),
@@ -229,13 +244,19 @@ class _Runner:
             self.keep(step.name, step.kind, inputs, work(step, store))
         return ""
 
+    def probes_of(self, step: Step) -> Path | None:
+        """The store of the probes that a perturbation test ranks by, if it could be made."""
+        name = step.options.get("probe")
+        store = name and self.place.store(name)
+        return store if store and _complete(store) else None
+
     def perturb(self, step: Step, store: Path) -> dict[str, Any]:
         from classlens.analysis.commands_perturb import run_perturbation
         from classlens.analysis.perturbation import write_result
 
         results = {}
         for convention in CONVENTIONS:
-            options = dict(step.options)
+            options = {**step.options, "probe": self.probes_of(step)}
             if convention == "vilas2023":  # every number of patches, in their areas
                 options.pop("steps", None)
             answers, result = run_perturbation(
@@ -266,8 +287,10 @@ class _Runner:
         return {name: {"comparison": comparison.to_dicts()} for name in CONVENTIONS}
 
     def analyses(self, run: Run) -> list[str]:
-        """The analyses that a run's targets need, and those of its page."""
-        measured = (MEASURES[t.measure].analysis for t in self.study.targets if t.run == run.name)
+        """The analyses that a run's targets and claims need, and those of its page."""
+        terms = [term for claim in self.study.claims for term in claim.terms]
+        wanted = (*self.study.targets, *terms)
+        measured = (MEASURES[w.measure].analysis for w in wanted if w.run == run.name)
         own = "interventions" if run.perturbed_of else "identifiability"
         return [name for name in dict.fromkeys((own, *measured)) if name in ANALYSES]
 
@@ -298,6 +321,7 @@ class _Runner:
 
     def page(self, run: Run) -> str:
         from classlens.analysis.report import write_report
+        from classlens.analysis.values import agreement_frame
 
         subject, inputs = self.subject(run)
         tests, probes = self.steps_done(run, "perturb"), self.steps_done(run, "probe")
@@ -306,7 +330,10 @@ class _Runner:
             for other in self.study.runs
             if other.perturbed_of == run.name and self.kept(other.name, "extract") is not None
         ]
+        values = self.kept(run.name, "values")
+        agreement = values and values["corrected"]["agreement"]
         inputs |= {"steps": [*tests, *probes], "perturbed": [_fingerprint(p) for p in perturbed]}
+        inputs |= {"values": agreement}
         page = self.place.page(run.name)
         if self.kept(run.name, "page", inputs) is None or not page.exists():
             with status(f"Drawing {run.name}"):
@@ -317,6 +344,7 @@ class _Runner:
                     perturbed=perturbed,
                     perturbations=[self.place.answers(step) for step in tests],
                     probe=self.place.store(probes[0]) if probes else None,
+                    values=agreement and agreement_frame(agreement),
                     permutations=subject.permutations,
                     seed=subject.seed,
                 )
@@ -330,22 +358,40 @@ class _Runner:
 
     def measured(self, target: Target) -> tuple[dict[str, float], str]:
         """A target's number in each convention, and why there is none."""
-        measure = MEASURES[target.measure]
-        if target.run in self.failures:
-            return {}, self.failures[target.run]
-        steps = [step.kind for step in self.study.steps]
-        if measure.analysis not in (*ANALYSES, *steps):
-            return {}, f"this classlens does not measure {target.measure}"
-        results = self.kept(target.run, measure.analysis)
-        if results is None:
-            return {}, f"{target.run} has not been run"
         try:
-            values = {c: measure.pick(results[c], **target.arguments) for c in CONVENTIONS}
+            readings = {c: self.read(target, c) for c in CONVENTIONS}
         except LookupError as error:
             return {}, str(error.args[0])
-        if any(value is None for value in values.values()):  # as NaN and the like are kept in JSON
-            return {}, f"{target.run} has no such number"
-        return values, ""
+        return {c: r.value for c, r in readings.items() if isinstance(r, Reading)}, ""
+
+    def judged(self, claim: Claim) -> ClaimFinding:
+        """A claim with its verdict in each convention, or why there is none."""
+        try:
+            judged = {
+                c: judge_claim(
+                    claim,
+                    self.read(claim.of, c),
+                    self.read(claim.than, c) if isinstance(claim.than, Term) else claim.than,
+                )
+                for c in CONVENTIONS
+            }
+        except LookupError as error:
+            return ClaimFinding(claim, {}, str(error.args[0]))
+        return ClaimFinding(claim, judged)
+
+    def read(self, wanted: Target | Term, convention: str) -> Reading | Series:
+        """What is measured of a run or step.
+
+        Raises:
+            LookupError: it is not; says why.
+        """
+        measure = MEASURES[wanted.measure]
+        if wanted.run in self.failures:
+            raise LookupError(self.failures[wanted.run])
+        results = self.kept(wanted.run, measure.analysis)
+        if results is None:
+            raise LookupError(f"{wanted.run} has not been run")
+        return measure.read(results[convention], **wanted.arguments)
 
     def kept(self, run: str, step: str, inputs: dict[str, Any] | None = None) -> Any | None:
         """The result of a step that is done, with these inputs where they are given."""

@@ -74,6 +74,19 @@ def test_composition_has_a_line_for_each_group(groups):
     assert ("CLS token" in text) == ("cls" in groups)
 
 
+def test_correct_minus_wrong_says_what_is_compared():
+    rows = [
+        {"sublayer": s, "block": b, "delta": 3.0, "low": 1.0, "high": 5.0, "p_value": 0.01}
+        | {"q_value": 0.01 if b == 1 else 0.5}
+        for s in ("attn", "mlp")
+        for b in BLOCKS
+    ]
+    picture, text = joined(plots_memories.correct_minus_wrong_chart(pl.DataFrame(rows)))
+    for word in ("agreement of CLS (points), correct − wrong", "correct ahead, q", "attention"):
+        assert word in text
+    assert plot_style.STREAM_COLORS["mlp"] in picture
+
+
 def test_cosines_are_starred_where_above_the_control():
     picture, text = joined(plots_memories.class_value_chart(cosines(("model", "control"))))
     assert "random weights" in text

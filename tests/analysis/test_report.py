@@ -418,6 +418,31 @@ def test_memories_have_figures_and_numbers(tmp_path):
 
 def test_a_store_without_memories_says_nothing_of_them(page):
     assert "Key-value memories" not in page
+    assert "Value vectors" not in page
+
+
+def test_value_vectors_have_a_figure(store, tmp_path):
+    rows = [
+        {"source": source, "sublayer": s, "block": b, "cosine": 0.2, "low": 0.1, "high": 0.3}
+        for source in ("model", "control")
+        for s in ("attn", "mlp")
+        for b in range(3)
+    ]
+    values, out = tmp_path / "values.json", tmp_path / "report.html"
+    values.write_text(json.dumps({"agreement": rows}))
+    options = ["--values", str(values), "--out", str(out), "--permutations", "5", "--images", "0"]
+    shown = CliRunner().invoke(report, [str(store.path), *options])
+    assert shown.exit_code == 0, shown.output
+    page = out.read_text()
+    assert "Class-value agreement" in page
+    assert "mean over classes of max cos(E, v)" in page
+    parsed(page)
+    two = [str(store.path), str(store.path), *options]
+    refused = CliRunner().invoke(report, two)
+    assert "--values belongs to one model" in str(refused.exception)
+    values.write_text("{}")
+    refused = CliRunner().invoke(report, [str(store.path), *options])
+    assert "no result of `classlens analyze values` (KeyError)" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from samples import sample, write_tar
 
 from classlens.analysis.identifiability import analyze_identifiability
 from classlens.analysis.study import plan, runner
-from classlens.analysis.study.measures import MEASURES
+from classlens.analysis.study.measures import MEASURES, Reading
 from classlens.analysis.study.parse import parse_study
 from classlens.analysis.study.plan import Target
 from classlens.analysis.study.runner import Place, run_study
@@ -82,6 +82,24 @@ stream = "attn"
 block = 2
 value = 0.5
 tolerance = 0.1
+
+[[claim]]
+id = "more than nothing"
+says = "Every image of A is predicted right."
+source = "§1"
+check = "greater"
+of = {{ run = "a", measure = "accuracy" }}
+than = 101
+contradicted = "Nothing is above 100 %."
+
+[[claim]]
+id = "rises"
+says = "Identifiability lies above none"
+runs = ["a", "broken"]
+check = "greater"
+of = {{ measure = "mean_identifiability" }}
+than = {{ run = "a-random", measure = "mean_identifiability" }}
+factor = 0.01
 """
 
 
@@ -175,6 +193,23 @@ def test_numbers_are_those_of_the_analysis_in_both_conventions(finished):
         assert getattr(ours, convention) == change["change_rate"].item()
 
 
+def test_claims_are_judged_by_the_analyses(finished):
+    _, out, result, _ = finished
+    by_id = {finding.claim.id: finding for finding in result.claims}
+    accuracy = analyze_identifiability(out / "stores/a", permutations=20).accuracy["accuracy"]
+    claim = by_id["more than nothing"]
+    assert claim.verdict == "contradicted"
+    assert claim.numbers.startswith(f"accuracy: {accuracy.item():.4g} [")
+    assert claim.contradiction.startswith(
+        "The paper (§1): Every image of A is predicted right. Not"
+    )
+    assert claim.contradiction.endswith("against 101. Nothing is above 100 %.")
+    assert by_id["rises, a"].verdict == "holds"
+    assert "in 3 of 3 blocks" in by_id["rises, a"].numbers
+    assert by_id["rises, broken"].verdict == "not measured"
+    assert "absent.safetensors" in by_id["rises, broken"].numbers
+
+
 def test_what_is_done_is_not_done_again(finished, out, monkeypatch):
     data, _, first, _ = finished
 
@@ -187,6 +222,7 @@ def test_what_is_done_is_not_done_again(finished, out, monkeypatch):
     again = run(data, out)
     assert states(again) == states(first)
     assert again.findings == first.findings
+    assert again.claims == first.claims
 
 
 def test_a_changed_setting_is_noticed(data, out, no_pages):
@@ -235,7 +271,7 @@ ROWS = [
 
 def picked(measure, key, column, **arguments):
     rows = [{**row, column: row["x"]} for row in ROWS]
-    return MEASURES[measure].pick({key: rows}, sublayer="mlp", **arguments)
+    return MEASURES[measure].read({key: rows}, sublayer="mlp", **arguments).value
 
 
 def test_measures_over_blocks_pick_the_peak_its_block_or_the_last():
@@ -249,7 +285,7 @@ def test_measures_over_blocks_pick_the_peak_its_block_or_the_last():
     with pytest.raises(LookupError, match="pick is 'first', which is none of peak"):
         picked("class_value_cosine", "agreement", "cosine", pick="first")
     with pytest.raises(LookupError, match="nothing for sublayer mlp"):
-        MEASURES["class_value_cosine"].pick({"agreement": []}, sublayer="mlp", pick="last")
+        MEASURES["class_value_cosine"].read({"agreement": []}, sublayer="mlp", pick="last")
 
 
 def test_other_measures_take_the_row_that_is_asked_for():
@@ -258,24 +294,48 @@ def test_other_measures_take_the_row_that_is_asked_for():
         {"measure": "accuracy", "source": "perturbed", "value": 8.0},
         {"measure": "rate", "source": "unperturbed", "value": 9.0},
     ]
-    pick = MEASURES["intervention_rate"].pick
-    assert pick({"rates": rates}, state="perturbed") == 7.0
-    assert pick({"rates": rates}, state="perturbed", of="accuracy") == 8.0
-    assert pick({"rates": rates}, state="unperturbed") == 9.0
+    assert measured("intervention_rate", {"rates": rates}, state="perturbed") == 7.0
+    other = measured("intervention_rate", {"rates": rates}, state="perturbed", of="accuracy")
+    assert other == 8.0
+    assert measured("intervention_rate", {"rates": rates}, state="unperturbed") == 9.0
     auc = [{"test": "negative", "method": "chefer", "auc": 0.8}]
-    assert MEASURES["perturbation_auc"].pick({"auc": auc}, test="negative", method="chefer") == 0.8
+    assert measured("perturbation_auc", {"auc": auc}, test="negative", method="chefer") == 0.8
     probes = [{"source": "probe", "stream": "attn", "group": "patch", "block": 2, "rate": 58.0}]
-    assert MEASURES["probe_top1"].pick({"comparison": probes}, stream="attn", block=2) == 0.58
-    change = [{"sublayer": "attn", "group": "cls", "block": 1, "change_rate": 0.6}]
-    found = MEASURES["sublayer_change_rate"].pick(
-        {"change_rate": change}, sublayer="attn", group="cls", block=1
-    )
+    assert measured("probe_top1", {"comparison": probes}, stream="attn", block=2) == 0.58
+    change = {"change_rate": [{"sublayer": "attn", "group": "cls", "block": 1, "change_rate": 0.6}]}
+    found = measured("sublayer_change_rate", change, sublayer="attn", group="cls", block=1)
     assert found == 0.6
-    context = [{"sublayer": "attn", "block": 1, "delta": 0.2}]
-    found = MEASURES["class_context_logit_difference"].pick(
-        {"context": context}, sublayer="attn", block=1
-    )
-    assert found == 0.2
+    context = {"context": [{"sublayer": "attn", "block": 1, "delta": 0.2}]}
+    assert measured("class_context_logit_difference", context, sublayer="attn", block=1) == 0.2
+
+
+def measured(measure, result, **arguments):
+    return MEASURES[measure].read(result, **arguments).value
+
+
+def test_intervals_and_p_values_come_with_the_numbers():
+    row = {"source": "model", "rate": 5.0, "rate_low": 4.0, "rate_high": 6.0, "images": 9.0}
+    rate = MEASURES["identifiability_rate"].read({"rate": [row]})
+    assert rate == Reading(5.0, 4.0, 6.0)
+    context = {"block": 1, "delta": 0.2, "low": 0.1, "high": 0.3, "p_value": 0.01, "q_value": 0.02}
+    later = {"block": 0, "delta": 0.1, "low": None, "high": None, "p_value": 0.5, "q_value": None}
+    series = MEASURES["class_context_difference"].read({"context": [context, later]})
+    assert list(series.items()) == [(0, Reading(0.1, p=0.5)), (1, Reading(0.2, 0.1, 0.3, 0.02))]
+    absent = {"test": "negative", "method": "chefer", "auc": None}
+    with pytest.raises(LookupError, match="no such number"):
+        MEASURES["perturbation_auc"].read({"auc": [absent]}, test="negative", method="chefer")
+
+
+def test_a_difference_of_areas_can_be_asked_for_either_way_round():
+    row = {"test": "negative", "difference": -0.2, "low": -0.3, "high": 0.1}
+    result = {"differences": [{"first": "chefer", "second": "random", **row}]}
+    measure = MEASURES["perturbation_difference"]
+    as_kept = measure.read(result, test="negative", first="chefer", second="random")
+    assert as_kept == Reading(-0.2, -0.3, 0.1)
+    turned = measure.read(result, test="negative", first="random", second="chefer")
+    assert turned == Reading(0.2, -0.1, 0.3)
+    with pytest.raises(LookupError, match="nothing for test positive"):
+        measure.read(result, test="positive", first="random", second="chefer")
 
 
 def finding(value, ours, tolerance=0.1, **arguments):
@@ -329,6 +389,11 @@ def test_the_command_ends_with_table_parquet_and_page(data, out):
     page = (out / "report.html").read_text()
     for text in ("rate, a-random", "nowhere", "all rates lie within", "absent.safetensors", "<svg"):
         assert text in page
+    for text in ("Contradicted.", "Nothing is above 100 %.", "Identifiability lies above none"):
+        assert text in page
+        assert text.rstrip(".").lower().split()[0] in done.stdout.lower()
+    claims = pl.read_parquet(out / "claims.parquet")
+    assert claims["verdict"].to_list() == ["contradicted", "holds", "not measured"]
     assert 'href="pages/a.html"' in page
     assert "broken.html" not in page
     assert (out / "pages/a.html").exists()
@@ -336,7 +401,8 @@ def test_the_command_ends_with_table_parquet_and_page(data, out):
         cli, ["study", str(file), "--out", str(out), "--device", "cpu", "--json"]
     )
     listed = json.loads(again.stdout)
-    assert {row["verdict"] for row in listed} == {"met", "not met", "not measured"}
+    assert {row["verdict"] for row in listed["targets"]} == {"met", "not met", "not measured"}
+    assert [row["id"] for row in listed["claims"]] == claims["id"].to_list()
 
 
 def test_reproduce_wants_data_or_the_demo(tmp_path):

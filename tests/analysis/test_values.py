@@ -12,6 +12,7 @@ from classlens.analysis.values import (
     analyze_values,
     class_value_cosines,
     load_model,
+    read_agreement,
     strongest,
     top_classes,
 )
@@ -140,8 +141,11 @@ def test_the_command(subject, tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "Class-value agreement, MLP" in shown.output
     assert (tmp_path / "chart.svg").read_text().startswith("<svg")
-    found = json.loads(run("--json").stdout)["agreement"]
+    printed = run("--json").stdout
+    found = json.loads(printed)["agreement"]
     assert len(found) == 12
+    (tmp_path / "values.json").write_text(printed)
+    assert read_agreement(tmp_path / "values.json").to_dicts() == found
     assert found[0]["cosine"] == pytest.approx(plain_cosine(subject, 0, "attn").mean())
 
 

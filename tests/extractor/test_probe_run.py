@@ -69,14 +69,18 @@ def test_every_stored_number_equals_scikit_learns_ridge(shards, tmp_path, varian
     layout = read_layout(out)
     names = ("rank", "label_logit", "label_logprob", "top1", "top2")
     stored = {name: read(out, f"scores/{name}") for name in names}
+    fitted = {}
+    for (block, name), token in product(trained, range(layout.tokens)):
+        x = trained[block, name][:, token]
+        ridge = Ridge(alpha=alpha).fit(x, one_hot(y, 10))
+        fitted[block, name, token] = ridge, weight_tolerance(x, y, ridge, x.mean(0))
     exact_ranks, ranks = 0, 0
     manifest = prepared.test.plan.manifest  # a batch does not go beyond a unit
     for places in manifest.group_by("unit", maintain_order=True).agg("image")["image"]:
         scored, labels = activations(prepared.test, places.to_list())
         for (block, name), token in product(trained, range(layout.tokens)):
             x, new = trained[block, name][:, token], scored[block, name][:, token]
-            ridge = Ridge(alpha=alpha).fit(x, one_hot(y, 10))
-            weight_error = weight_tolerance(x, y, ridge, x.mean(0))
+            ridge, weight_error = fitted[block, name, token]
             exact = ridge.predict(new)
             tolerance = score_tolerance(new, x.mean(0), ridge, weight_error, -0.8)  # 2/10 − 1
             where = (places.to_numpy(), block, settings.streams.index(name), token)

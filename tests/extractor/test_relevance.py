@@ -1,16 +1,24 @@
 """Baselines against one image at a time through timm's own forward pass, its attention hooked."""
 
+from dataclasses import replace
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from samples import sample, write_tar
 from variants import config
 
+from classlens.analysis.scan import scan
+from classlens.extractor.errors import UsageError
 from classlens.extractor.models import load_subject
 from classlens.extractor.pictures import Pictures, read_pictures
 from classlens.extractor.prepare import prepare
+from classlens.extractor.probe_run import prepare_probe, probe
 from classlens.extractor.relevance import (
     chefer_relevance,
     make_methods,
+    probe_relevance,
     random_relevance,
     rollout_relevance,
 )
@@ -135,3 +143,33 @@ def test_baselines_of_a_model_in_16_bits_run_in_float32(make_shards):
         assert found.dtype == torch.float32
         assert torch.isfinite(found).all()
     assert scorer.model.head.weight.dtype == torch.float16  # the perturbed one is untouched
+
+
+def make_probes(config, test, tmp_path):
+    """The store of linear probes, trained on twelve other images."""
+    train = write_tar(tmp_path / "train.tar", [sample(i) for i in range(20, 32)])
+    probe(prepare_probe(config, [str(train)], [str(path) for path in test]), tmp_path / "probes")
+    return tmp_path / "probes"
+
+
+@pytest.mark.parametrize("blocks", [None, [1]])
+def test_probe_relevance_is_minus_the_ranks_of_resid_probes(make_shards, tmp_path, blocks):
+    probes = make_probes(config("registers"), make_shards((3, 2)), tmp_path)
+    frame = scan(probes).filter(pl.col("stream") == "resid").collect()
+    images = frame["image"].unique().sort()[[0, 2, 4]].to_numpy()
+    found = probe_relevance(probes, images, blocks)
+    for row, image in zip(found.tolist(), images, strict=True):
+        of_image = frame.filter(pl.col("image") == int(image), pl.col("kind") == "patch")
+        expected: dict[tuple[int, int], int] = {}
+        for r in of_image.iter_rows(named=True):
+            if blocks is None or r["block"] in blocks:
+                place = (r["row"], r["col"])
+                expected[place] = expected.get(place, 0) - r["rank"]
+        assert row == [expected[place] for place in sorted(expected)]
+
+
+def test_probes_without_resid_are_refused(make_shards, tmp_path):
+    only = replace(config("cls"), streams=("attn",))
+    probes = make_probes(only, make_shards((2,)), tmp_path)
+    with pytest.raises(UsageError, match="no probes of the stream resid"):
+        probe_relevance(probes, np.array([0]), None)
