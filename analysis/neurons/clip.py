@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from classlens.analysis.neurons.heatmap import covered
 from classlens.analysis.neurons.words import ABSENT
+from classlens.analysis.report.pictures import covered
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from classlens.analysis.report.pictures import covered
+
 if TYPE_CHECKING:
     from classlens.extractor.models import Subject
 
@@ -66,7 +68,7 @@ def heat_maps(
     scorer = Scorer(subject, [], dtype=torch.float32, device="cpu", convention="corrected")
     every_LK = np.zeros((subject.blocks, neurons_LK.shape[1]), np.int64)
     every_LK[list(blocks)] = neurons_LK
-    batch = torch.from_numpy(pixels)[None]
+    batch = torch.tensor(pixels)[None]
     found = key_activations(scorer, batch, torch.from_numpy(every_LK)[None])[0, list(blocks)]
     activation = found.numpy().reshape(*neurons_LK.shape, *subject.grid)
     whole = covered(pixels, subject.grid)
@@ -82,12 +84,6 @@ def heat_maps(
         mean_heat=mean_heat.astype(np.float32),
         mean_mask=above_percentile(mean_heat),
     )
-
-
-def covered(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The part of a picture [H, W, 3] that whole patches cover."""
-    height, width = (side // count * count for side, count in zip(pixels.shape, grid, strict=False))
-    return pixels[:height, :width]
 
 
 def resize_bilinear(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
