@@ -22,6 +22,7 @@ from classlens.analysis.frames import batches
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.schema import CLASSES_FILE, Layout, read_attributes
 
+
 @dataclass(frozen=True)
 class Picture:
     """One image of the picture page.
