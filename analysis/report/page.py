@@ -20,8 +20,8 @@ import polars as pl
 from markupsafe import Markup, escape
 
 from classlens.analysis import plot_style, plots
-from classlens.analysis.colors import DIVERGING
 from classlens.analysis.class_context import with_masks
+from classlens.analysis.colors import DIVERGING
 from classlens.analysis.identifiability import (
     IdentifiabilityResult,
     analyze_identifiability,
