@@ -94,8 +94,8 @@ def localise(
     titles = {
         "within_images": (
             f"{store.name}: key neurons and the mask of the class, within images",
-            f"{without}; patches above the 80th percentile of the class's top neuron, or of another "
-            "neuron",
+            f"{without}; patches above the 80th percentile of the class's top neuron, or of "
+            "another neuron",
         ),
         "over_data_set": (
             f"{store.name}: key neurons and the masks of the class, over the data set",
