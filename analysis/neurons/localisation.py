@@ -118,8 +118,8 @@ def overlaps(
         class_NG = pictures.mask_fraction >= 255 * CLASS_FRACTION
         shown_N = class_NG.any(1)
         n_without += int((~shown_N).sum())
-        above = above_percentile(activation[shown_N][:, :, :, None])[:, :, :, 0]
-        found.append((places[shown_N], iou(above, class_NG[shown_N][:, None, None])))
+        above_NLKG = above_percentile(activation[..., None, :])[..., 0, :]
+        found.append((places[shown_N], iou(above_NLKG, class_NG[:, None, None])[shown_N]))
         if progress is not None:
             progress(done, len(wanted))
     if not sum(len(places) for places, _ in found):

@@ -1,13 +1,14 @@
-"""Heat-maps and masks against torch, sorting and timm's own forward pass; the figure; the command."""
+"""Heat-maps and masks against torch, sorting and timm's forward pass; the figure; the command."""
+
+import io
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from samples import picture
+from samples import encoded, picture, sample, write_tar
 from torch.nn import functional as F
-from variants import VARIANTS, config
 
 from classlens.analysis.colors import DIVERGING, SEQUENTIAL, in_colors
 from classlens.analysis.neurons.alignment import top_neurons
@@ -19,9 +20,27 @@ from classlens.analysis.neurons.heatmap import (
 )
 from classlens.analysis.neurons.heatmap_figure import draw, overlay, spotlight
 from classlens.cli import cli
+from classlens.extractor.config import ExtractConfig
 from classlens.extractor.models import load_subject
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+VARIANTS = {
+    "cls": ("vit_tiny_patch16_224", {}),
+    "gap, registers": (
+        "vit_tiny_patch16_224",
+        {"class_token": False, "global_pool": "avg", "reg_tokens": 4},
+    ),
+    "post-norm": ("vit_base_patch16_rpn_224", {}),
+}
+
+
+def config(variant):
+    """Random weights, 10 classes."""
+    name, extra = VARIANTS[variant]
+    args = {**SMALL, "num_classes": 10, **extra}
+    return ExtractConfig(model=name, model_args=args, weights="random:3", batch_size=4)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 7), (1, 5), (1, 1), (14, 14)])
@@ -96,14 +115,15 @@ def test_heat_maps_equal_timms_activations(variant):
             heat = F.interpolate(torch.tensor(maps.activation[b, k]).double()[None, None], (32, 32),
                                  mode="bilinear").numpy()[0, 0]  # fmt: skip
             np.testing.assert_allclose(maps.heat[b, k], heat, rtol=1e-6, atol=1e-7)
-            # The mask leaves a fifth, and separates the heat-map by value.
-            assert maps.mask[b, k].sum() == round(0.2 * 1024)
+            # At most a fifth (less where pixels tie at the threshold), and those of largest heat.
+            assert 0.15 * 1024 < maps.mask[b, k].sum() <= np.ceil(0.2 * 1023)
             assert maps.heat[b, k][maps.mask[b, k]].min() >= maps.heat[b, k][~maps.mask[b, k]].max()
         mean = maps.heat[: b + 1, 0].astype(float).mean(0)
         np.testing.assert_allclose(maps.mean_heat[b], mean, rtol=1e-5, atol=1e-6)
-        assert maps.mean_heat[b][maps.mean_mask[b]].min() >= maps.mean_heat[b][
-            ~maps.mean_mask[b]
-        ].max()
+        assert (
+            maps.mean_heat[b][maps.mean_mask[b]].min()
+            >= maps.mean_heat[b][~maps.mean_mask[b]].max()
+        )
 
 
 def test_colors_are_not_swapped():
@@ -140,8 +160,6 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    from samples import sample, write_tar
-
     folder = tmp_path_factory.mktemp("heat")
     tar = write_tar(folder / "shard.tar", [sample(i) for i in range(3)])
     extract(prepare(config("cls"), [str(tar)]), folder / "store")
@@ -157,12 +175,13 @@ def test_command_on_a_store(store, tmp_path):
     saved = np.load(arrays)
     assert saved["neurons"].tolist() == top_neurons(subject, 3).neurons[:, 2].tolist()
     assert saved["blocks"].tolist() == [0, 1, 2]
-    stored = Image.open(_jpeg(2))
+    stored = Image.open(io.BytesIO(encoded(picture(2))))
     np.testing.assert_array_equal(saved["pixels"], np.asarray(subject.geometry.crop(stored)))
     expected = heat_maps(subject, saved["pixels"], range(3), saved["neurons"])
     for name, value in vars(expected).items():
         np.testing.assert_array_equal(saved[name], value)
-    assert Image.open(out).mode == "RGB"
+    with Image.open(out) as figure:
+        assert figure.mode == "RGB"
 
 
 def test_command_on_a_file_and_one_neuron(store, tmp_path):
@@ -201,11 +220,3 @@ def test_usage_errors(store, tmp_path, options, message):
     result = run(str(store), *options, *out)
     assert result.exit_code == 2
     assert message in result.stderr
-
-
-def _jpeg(index):
-    import io
-
-    from samples import encoded
-
-    return io.BytesIO(encoded(picture(index)))
