@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import click
 
+from classlens.analysis.neurons.commands_dissect import dissect
+from classlens.analysis.neurons.commands_exemplars import class_distances, exemplars
+
 
 @click.group()
 def neurons() -> None:
@@ -11,3 +14,8 @@ def neurons() -> None:
 
     A neuron is named BLOCK:INDEX, both from 0.
     """
+
+
+neurons.add_command(exemplars)
+neurons.add_command(class_distances)
+neurons.add_command(dissect)

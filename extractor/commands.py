@@ -220,7 +220,7 @@ def info(store: Path, as_json: bool) -> None:
         "convention": config["convention"],
         "intervened": intervention_text(config),
         "blocks": layout.blocks,
-        "streams": ", ".join(layout.streams),
+        "streams": ", ".join(layout.streams) or "none",
         "tokens": ", ".join((*layout.prefix_kinds, f"{_shape(layout.grid)} patches")),
         "classes": _classes(layout.classes, attributes.get("class_file")),
         "masks": "yes" if layout.masks else "no",

@@ -216,11 +216,13 @@ def accumulate(
         stage_results(batch.images, results, staged, layout, accumulator)
     else:
         return
+    masks = [image.mask_fraction for image in good]
     part = UnitPart(
         arrays=staged.arrays,
         places=staged.first_image + np.array([image.position for image in good]),
         slots=np.searchsorted(staged.classes, [image.label for image in good]),
-        masked=np.array([image.mask_fraction is not None for image in good]),
+        masked=np.array([mask is not None for mask in masks]),
+        class_area=np.array([0 if mask is None else int(mask.sum()) for mask in masks]),
     )
     with times.busy("stage"):
         accumulator.merge(split_results(results)[1], part)

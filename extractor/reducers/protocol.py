@@ -96,14 +96,16 @@ def split_results(results: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarr
 class UnitPart:
     """The good images of a batch, and the arrays of their unit.
 
-    arrays: by path, without the axis ``unit``; to be changed. places: of the images on the image
-    axis, ascending. slots: of their labels. masked: bool, whether each has a mask. All [N].
+    arrays: by path, without the axis ``unit``; to be changed. Of each image, [N]: places on the
+    image axis, ascending; slots of the labels; masked, whether it has a mask; class_area, what that
+    gives to its class, in units of 1/255 of a patch.
     """
 
     arrays: Mapping[str, np.ndarray]
     places: np.ndarray
     slots: np.ndarray
     masked: np.ndarray
+    class_area: np.ndarray
 
 
 class Accumulator(Protocol):

@@ -1,23 +1,19 @@
 """What is accumulated of every neuron against a brute force that keeps every activation."""
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-import zarr
 from PIL import Image
 from variants import config
 
 from classlens.analysis.neurons import class_means, exemplars
-from classlens.extractor import run
 from classlens.extractor.blocks import walk
 from classlens.extractor.models import load_subject
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract
-from classlens.extractor.schema import Status
 from classlens.extractor.scorer import Scorer
 from classlens.extractor.store import verify
 
