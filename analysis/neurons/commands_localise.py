@@ -132,8 +132,8 @@ def _print(result: Localisation, title: str, caption: str) -> None:
     shown = new_table(
         title,
         f"IoU, mean over {result.n:,} {result.over}{caption}; [ ]: 95% bootstrap interval over "
-        f"{result.over}; q: one-sided Wilcoxon test, top ahead of random",
-        ["block", "top neuron", "random", "difference", "q"],
+        f"{result.over}",
+        ["block", "top neuron", "random", "difference"],
     )
     for row in result.blocks.iter_rows(named=True):
         shown.add_row(
@@ -141,7 +141,6 @@ def _print(result: Localisation, title: str, caption: str) -> None:
             with_interval(row, "top", ".4f"),
             f"{row['random']:.4f}",
             with_interval(row, "difference", "+.4f"),
-            f"{row['q_value']:.2g}",
         )
     Console().print(shown)
     mean, low, high = result.late_minus_early
