@@ -15,8 +15,9 @@ from samples import sample, write_tar
 from classlens.analysis.neurons.clip import (
     best_texts,
     exemplar_embeddings,
-    masked_picture,
+    masked,
     open_tower,
+    resized,
 )
 from classlens.analysis.neurons.exemplars import exemplar_codes, masks, thresholds
 from classlens.analysis.neurons.store_words import words_of_store
@@ -34,11 +35,17 @@ from classlens.extractor.pictures import read_pictures
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-ARGS = {**SMALL, "num_classes": 10}
+ARGS = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 10,
+    "mlp_ratio": 0.5,
+}
 MODEL, WEIGHTS = "vit_tiny_patch16_224", "random:3"
-IMAGES, NEURONS, BLOCKS = 18, 192, 2
-TOWER = "test_vit2.r160_in1k"  # 64 wide, four layers
+IMAGES, NEURONS, BLOCKS = 18, 24, 2
 
 
 def test_promoted_words_equal_loops():
@@ -114,8 +121,8 @@ def test_agreement_equals_loops():
         classes = rng.integers(4, size=200).tolist()
         missing = set(rng.integers(200, size=0 if name == "promoted" else 40).tolist())
         columns[name] = [None if i in missing else c for i, c in enumerate(classes)]
-    columns["exemplar"] = [p if i % 3 == 0 else e for i, (p, e) in
-                           enumerate(zip(columns["promoted"], columns["exemplar"], strict=True))]  # fmt: skip
+    pairs = enumerate(zip(columns["promoted"], columns["exemplar"], strict=True))
+    columns["exemplar"] = [p if i % 3 == 0 else e for i, (p, e) in pairs]
     blocks = [0] * 90 + [2] * 110
     joined = join_words(words_frame(*columns.values(), blocks))
     pairs = [("promoted", "exemplar"), ("promoted", "clip"), ("exemplar", "clip")]
@@ -131,7 +138,7 @@ def test_agreement_equals_loops():
             (a, b)
             for block, a, b in zip(
                 blocks, columns[row["first"]], columns[row["second"]], strict=True
-            )  # fmt: skip
+            )
             if row["block"] in (block, None) and a is not None and b is not None
         ]
         equal = sum(a == b for a, b in both)
@@ -221,13 +228,16 @@ def test_masked_picture_shows_the_mask_and_the_mean(tower):
     pixels = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
     mask = np.zeros((4, 4), bool)
     mask[0, 1], mask[3, 2] = True, True
-    seen = masked_picture(pixels, mask, tower.geometry)
-    resized = np.asarray(Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC))
+    view = resized(pixels, tower.geometry)
+    expected = np.asarray(Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(view, expected)
+    [nothing, seen] = masked(view, np.stack([~mask & mask, mask]), tower.geometry)
     mean = [round(255 * m) for m in tower.geometry.mean]
     for y in range(40):
         for x in range(40):
             inside = mask[int((y + 0.5) / 10), int((x + 0.5) / 10)]
-            assert seen[y, x].tolist() == (resized[y, x].tolist() if inside else mean)
+            assert seen[y, x].tolist() == (expected[y, x].tolist() if inside else mean)
+            assert nothing[y, x].tolist() == mean
 
 
 def naive_embedding(tower, pixels):
@@ -253,16 +263,12 @@ def test_embeddings_equal_a_loop_over_neurons(store, tower, monkeypatch):
         tower, prepared, images, inside, progress=lambda done, total: told.append((done, total))
     )
     for n in range(9):
-        parts = [
-            naive_embedding(
-                tower,
-                masked_picture(
-                    pictures.pixels[image].numpy(), inside[n, e].reshape(4, 4), tower.geometry
-                ),
-            )
-            for e, image in enumerate(images[n])
-            if image >= 0
-        ]
+        parts = []
+        for e, image in enumerate(images[n]):
+            if image >= 0:
+                view = resized(pictures.pixels[image].numpy(), tower.geometry)
+                [seen] = masked(view, inside[n, e].reshape(1, 4, 4), tower.geometry)
+                parts.append(naive_embedding(tower, seen))
         if n == 5:
             assert np.isnan(found[n]).all()
             continue
@@ -325,19 +331,17 @@ def test_command(store, tmp_path):
 
 def test_command_with_a_tower_of_timm(store, folder):
     path = folder / "wide.safetensors"
-    save_file(
-        {"embeddings": torch.eye(64)[:5].contiguous()}, path, {"names": json.dumps(list("abcde"))}
-    )
-    import timm
-
-    model = timm.create_model("test_vit", num_classes=64)
-    weights = folder / "tower.safetensors"
-    save_file(model.state_dict(), weights)
-    del model
+    embeddings = torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
+    save_file({"embeddings": embeddings}, path, {"names": json.dumps(["0", "1", "2", "3", "?"])})
     result = run(str(store), "--blocks", "1", "--clip-model", "test_vit", "--clip-weights",
-                 str(weights), "--clip-classes", str(path))  # fmt: skip
-    assert result.exit_code == 7
-    assert "cannot be loaded" in result.stderr
+                 "random:1", "--clip-classes", str(path), "--device", "cpu", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    tower = open_tower("test_vit", "random:1", path)
+    expected = words_of_store(store, [1], tower=tower)
+    saved = json.loads(result.stdout)
+    assert saved["words"] == expected.to_dicts()
+    assert len(saved["agreement"]) == 2 * 3
+    assert set(expected["clip_word"]) <= {"0", "1", "2", "3", "?"}
 
 
 @pytest.mark.parametrize(
