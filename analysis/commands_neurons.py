@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import click
 
+from classlens.analysis.neurons.commands_alignment import shared, top
+from classlens.analysis.neurons.commands_dissect import dissect
+from classlens.analysis.neurons.commands_exemplars import class_distances, exemplars
+from classlens.analysis.neurons.commands_heatmap import heatmap
+from classlens.analysis.neurons.commands_localise import localise
+from classlens.analysis.neurons.commands_words import words
+
 
 @click.group()
 def neurons() -> None:
@@ -11,3 +18,13 @@ def neurons() -> None:
 
     A neuron is named BLOCK:INDEX, both from 0.
     """
+
+
+neurons.add_command(top)
+neurons.add_command(shared)
+neurons.add_command(heatmap)
+neurons.add_command(localise)
+neurons.add_command(exemplars)
+neurons.add_command(class_distances)
+neurons.add_command(dissect)
+neurons.add_command(words)

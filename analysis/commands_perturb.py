@@ -110,7 +110,7 @@ def run_perturbation(
     methods = _methods(methods, probe)
     if convention == "vilas2023" and steps is not None:
         raise UsageError("--convention vilas2023 keeps every number of patches; leave out --steps.")
-    chosen = _images(store, probe, images)
+    chosen = spread_images(store, images, probe)
     with spinner("Walking the shards and loading the model"):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prepared = prepare_again(store, device=device)
@@ -182,8 +182,13 @@ def _methods(asked: Sequence[str] | None, probe: Path | None) -> tuple[str, ...]
     return methods
 
 
-def _images(store: Path, probe: Path | None, count: int | None) -> list[int]:
-    """Places of images that are scored, by the probes too, evenly spread."""
+def spread_images(store: Path, count: int | None, probe: Path | None = None) -> list[int]:
+    """Places of ``count`` images that are scored, by the probes too if there are any, evenly spread;
+    of all when None.
+
+    Raises:
+        UsageError: no image is scored; or the probes are not of this store.
+    """
     import numpy as np
 
     from classlens.analysis.probes import check_probe

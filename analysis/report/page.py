@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from classlens.analysis import plot_style, plots
 from classlens.analysis.class_context import with_masks
+from classlens.analysis.colors import DIVERGING
 from classlens.analysis.identifiability import (
     IdentifiabilityResult,
     analyze_identifiability,
@@ -36,7 +37,7 @@ from classlens.analysis.report.attribution import (
 )
 from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
-from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
+from classlens.analysis.report.pictures import Picture, make_pictures
 from classlens.analysis.report.probes import ProbePart, make_probe_part, stores_probed
 from classlens.analysis.report.writing import Writing, make_writing
 from classlens.analysis.scan import scan, scan_images
@@ -138,7 +139,7 @@ def write_report(
         interventions=interventions,
         permutations=permutations,
         level=plot_style.LEVEL,
-        scale=SCALE,
+        scale=DIVERGING,
         style=Markup(_asset("style.css")),
         script=Markup(_asset("script.js")),
         version=version("classlens"),
