@@ -126,7 +126,7 @@ def test_everything_equals_brute_force(make_shards, tmp_path, dtype):
 
 def spoilt(images: torch.Tensor) -> torch.Tensor:
     """Which normalised images the next test spoils, bool [N]."""
-    return images[:, 0].mean(dim=(1, 2)) > 0.2
+    return images[:, 0].mean(dim=(1, 2)) > 0
 
 
 def test_an_image_that_overflows_late_leaves_no_trace(make_shards, tmp_path, monkeypatch):
@@ -182,5 +182,5 @@ def test_what_does_not_fit_is_refused(make_shards):
     with pytest.raises(UsageError, match="drop-context"):
         settings(intervene="drop-context")
     gated = replace(settings(), model="vit_giant_patch14_dinov2")
-    with pytest.raises(ModelError, match="GluMlp.* without --reduce neurons"):
+    with pytest.raises(ModelError, match=r"GluMlp.* without --reduce neurons"):
         prepare(gated, [str(s) for s in make_shards((2,))])

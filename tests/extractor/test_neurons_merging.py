@@ -69,7 +69,7 @@ def test_grouping_and_order_of_units_change_nothing(tmp_path, model_args):
     configured, results = with_args(**model_args), []
     for name, counts in (("one", (24,)), ("three", (12, 4, 8)), ("six", (4,) * 6)):
         prepared = prepare(configured, shards_of(tmp_path / name, counts))
-        for order in (1, -1) if len(counts) > 1 else (1,):
+        for order in (1, -1) if name == "three" else (1,):
             out = tmp_path / f"store-{name}-{order}"
             store = Store.open_or_create(
                 out, prepared.layout, tables(prepared), attributes(prepared)
