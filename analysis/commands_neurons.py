@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from classlens.analysis.neurons.synthesis.commands_synthesize import synthesize
+
 
 @click.group()
 def neurons() -> None:
@@ -11,3 +13,6 @@ def neurons() -> None:
 
     A neuron is named BLOCK:INDEX, both from 0.
     """
+
+
+neurons.add_command(synthesize)
