@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from classlens.analysis.neurons.synthesis.objectives import Target
+    from classlens.analysis.neurons.synthesis.targets import Selection
     from classlens.extractor.models import Subject
 
 VARIANTS = ("top1", "topk", "top1-diverse", "topk-diverse")
@@ -105,7 +106,7 @@ def run_synthesis(
     variants: Sequence[str] = ("top1",),
     classes: str | None = None,
     neurons: str | None = None,
-    select: str = "alignment",
+    select: Selection = "alignment",
     keys: int = 5,
     tokens: str = "patches",
     after_gelu: bool = False,
