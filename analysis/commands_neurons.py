@@ -10,6 +10,7 @@ from classlens.analysis.neurons.commands_exemplars import class_distances, exemp
 from classlens.analysis.neurons.commands_heatmap import heatmap
 from classlens.analysis.neurons.commands_localise import localise
 from classlens.analysis.neurons.commands_words import words
+from classlens.analysis.neurons.synthesis.commands_synthesize import synthesize
 
 
 @click.group()
@@ -28,3 +29,4 @@ neurons.add_command(exemplars)
 neurons.add_command(class_distances)
 neurons.add_command(dissect)
 neurons.add_command(words)
+neurons.add_command(synthesize)
