@@ -1,0 +1,107 @@
+"""Figures of the page that sums the neurons up by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import polars as pl
+from markupsafe import Markup
+
+from classlens.analysis.neurons.site.content import DETECTOR_IOU, Content
+from classlens.analysis.plot_style import STREAM_COLORS, styled, to_svg
+
+PANEL = {"width": 560, "height": 230}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with the numbers behind it. anchor: its id on the page."""
+
+    anchor: str
+    title: str
+    svg: Markup
+    caption: str
+    rows: pl.DataFrame
+
+
+def figures(content: Content, table: pl.DataFrame) -> list[Figure]:
+    """The figures for which there are numbers.
+
+    Args:
+        table: of `Table.frame`.
+    """
+    return [*_detectors(table), *_top_blocks(content), *_agreement(table)]
+
+
+def _detectors(table: pl.DataFrame) -> Iterator[Figure]:
+    if table["iou"].is_null().all():
+        return
+    rows = table.group_by("block").agg(
+        neurons=pl.len(),
+        detectors=(pl.col("iou") > DETECTOR_IOU).sum(),
+        share=(pl.col("iou") > DETECTOR_IOU).mean(),
+        median_iou=pl.col("iou").median(),
+    )
+    yield _bars(
+        "detectors",
+        "Detectors",
+        rows.sort("block"),
+        "detectors",
+        "neurons",
+        f"Neurons of each block whose best class overlaps with an IoU above {DETECTOR_IOU}.",
+    )
+
+
+def _top_blocks(content: Content) -> Iterator[Figure]:
+    if content.top_blocks is None:
+        return
+    blocks = content.top_blocks
+    yield _bars(
+        "top-neurons",
+        "Where classes have their top key neuron",
+        blocks,
+        "classes",
+        "classes",
+        f"The neuron whose value vector promotes a class most, over all neurons of all blocks: the "
+        f"block it is in, for {blocks['classes'].sum():,} classes.",
+    )
+
+
+def _agreement(table: pl.DataFrame) -> Iterator[Figure]:
+    if table["agreeing"].is_null().all():
+        return
+    rows = table.group_by("block").agg(
+        neurons=pl.len(),
+        agreeing=(pl.col("agreeing") > 0).sum(),
+        share=100 * (pl.col("agreeing") > 0).mean(),
+    )
+    yield _bars(
+        "agreement",
+        "Agreement of words",
+        rows.sort("block"),
+        "share",
+        "neurons (%)",
+        "Neurons of which at least two words name the same class, in %.",
+    )
+
+
+def _bars(
+    anchor: str, title: str, rows: pl.DataFrame, measure: str, axis: str, caption: str
+) -> Figure:
+    """A bar a block."""
+    base = alt.Chart(rows).encode(
+        x=alt.X("block:O", title="block (0-based)", axis={"labelAngle": 0})
+    )
+    top = max(1.0, 1.1 * float(rows[measure].max()))  # type: ignore[arg-type]
+    scale = alt.Scale(domain=[0, top])
+    y = alt.Y(f"{measure}:Q", title=axis, scale=scale, axis=alt.Axis(tickMinStep=1))
+    bars = base.mark_bar(color=STREAM_COLORS["mlp"]).encode(y=y)
+    form = ".0f" if rows[measure].dtype.is_integer() else ".1f"
+    text = alt.Text(f"{measure}:Q", format=form)
+    labels = base.mark_text(dy=-6, fontSize=11, color="#444").encode(y=y, text=text)
+    chart: Any = styled(alt.layer(bars, labels).properties(**PANEL))
+    svg = Markup(to_svg(chart, f"{title} by block; the numbers are in the table below."))
+    return Figure(anchor, title, svg, caption, rows)
