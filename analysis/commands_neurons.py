@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import click
 
+from classlens.analysis.neurons.commands_alignment import shared, top
+from classlens.analysis.neurons.commands_heatmap import heatmap
+from classlens.analysis.neurons.commands_localise import localise
+
 
 @click.group()
 def neurons() -> None:
@@ -11,3 +15,7 @@ def neurons() -> None:
 
     A neuron is named BLOCK:INDEX, both from 0.
     """
+
+
+for command in (top, shared, heatmap, localise):
+    neurons.add_command(command)

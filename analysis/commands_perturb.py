@@ -105,7 +105,7 @@ def run_perturbation(
     methods = tuple(dict.fromkeys(methods))
     if convention == "vilas2023" and steps is not None:
         raise UsageError("--convention vilas2023 keeps every number of patches; leave out --steps.")
-    chosen = _images(store, images)
+    chosen = spread_images(store, images)
     with spinner("Walking the shards and loading the model"):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prepared = prepare_again(store, device=device)
@@ -162,7 +162,7 @@ def _holds(prepared: Prepared, convention: str) -> bool:
     return "attribution" in config.reduce and config.convention == convention
 
 
-def _images(store: Path, count: int | None) -> list[int]:
+def spread_images(store: Path, count: int | None) -> list[int]:
     import numpy as np
     import polars as pl
 

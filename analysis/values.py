@@ -147,7 +147,7 @@ def top_classes(
     Raises:
         UsageError: there is no such block, value vector or number of classes.
     """
-    products_CF = _products(subject, block, sublayer)
+    products_CF = products(subject, block, sublayer)
     classes, vectors = products_CF.shape
     if outside := [j for j in neurons if not 0 <= j < vectors]:
         raise UsageError(
@@ -173,14 +173,18 @@ def strongest(subject: Subject, block: int, *, sublayer: str = "mlp", top: int =
     Raises:
         UsageError: there is no such block, or there are not so many value vectors.
     """
-    largest_F = _products(subject, block, sublayer).max(axis=0)
+    largest_F = products(subject, block, sublayer).max(axis=0)
     if not 1 <= top <= len(largest_F):
         raise UsageError(f"--top is {top}; {sublayer} has {len(largest_F)} value vectors a block.")
     return np.argsort(-largest_F, kind="stable")[:top].tolist()
 
 
-def _products(subject: Subject, block: int, sublayer: str) -> np.ndarray:
-    """E_c·v_j, float64 [C, F]."""
+def products(subject: Subject, block: int, sublayer: str = "mlp") -> np.ndarray:
+    """E_c·v_j of every class and value vector of a block, float64 [C, F].
+
+    Raises:
+        UsageError: there is no such block.
+    """
     from classlens.extractor.value_vectors import value_vectors
 
     if not 0 <= block < subject.blocks:

@@ -110,7 +110,7 @@ def prepare(
         for row in plan.manifest.head(IMAGES_COMPARED).iter_rows(named=True)
     )
     decoder = decoder_facts(config.decoder, first, config.max_pixels)
-    return Prepared(config, plan, subject, layout, _names(subject, class_names), decoder)
+    return Prepared(config, plan, subject, layout, named_classes(subject, class_names), decoder)
 
 
 def prepare_again(store: str | Path, *, device: str | None = None) -> Prepared:
@@ -182,7 +182,7 @@ def _device_name(device: str) -> str:
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _names(subject: Subject, file: Path | None) -> tuple[str, ...]:
+def named_classes(subject: Subject, file: Path | None) -> tuple[str, ...]:
     if file is None:
         return subject.class_names
     if subject.classes is not None:

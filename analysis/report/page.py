@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from classlens.analysis import plot_style, plots
 from classlens.analysis.class_context import with_masks
+from classlens.analysis.colors import DIVERGING
 from classlens.analysis.identifiability import (
     IdentifiabilityResult,
     analyze_identifiability,
@@ -32,7 +33,7 @@ from classlens.analysis.report.attribution import (
 )
 from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
-from classlens.analysis.report.pictures import SCALE, Picture, make_pictures
+from classlens.analysis.report.pictures import Picture, make_pictures
 from classlens.analysis.report.probes import ProbePart, make_probe_part, stores_probed
 from classlens.analysis.report.templates import asset, environment
 from classlens.analysis.report.writing import Writing, make_writing
@@ -134,7 +135,7 @@ def write_report(
         interventions=interventions,
         permutations=permutations,
         level=plot_style.LEVEL,
-        scale=SCALE,
+        scale=DIVERGING,
         style=Markup(asset(PACKAGE, "style.css")),
         script=Markup(asset(PACKAGE, "script.js")),
         version=version("classlens"),

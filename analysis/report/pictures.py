@@ -17,16 +17,10 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
+from classlens.analysis.colors import DIVERGING, in_colors
 from classlens.analysis.frames import batches
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.schema import CLASSES_FILE, Layout, read_attributes
-
-# Blue below chance, white at chance (0.5), red above: told apart by the colour-blind too.
-SCALE = (
-    "#2166AC", "#4393C3", "#92C5DE", "#D1E5F0",
-    "#F7F7F7",
-    "#FDDBC7", "#F4A582", "#D6604D", "#B2182B",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,20 +133,21 @@ def _tokens(
 
 def photo_uri(pixels: np.ndarray, grid: tuple[int, int]) -> str:
     """The part of the input that the patches cover, as a JPEG data URI."""
-    height, width = (side // count * count for side, count in zip(pixels.shape, grid, strict=False))
     buffer = io.BytesIO()
-    Image.fromarray(pixels[:height, :width]).save(buffer, "JPEG", quality=90)
+    Image.fromarray(covered(pixels, grid)).save(buffer, "JPEG", quality=90)
     return _data_uri("image/jpeg", buffer.getvalue())
+
+
+def covered(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The part of a picture [H, W, 3] that whole patches cover."""
+    height, width = (side // count * count for side, count in zip(pixels.shape, grid, strict=False))
+    return pixels[:height, :width]
 
 
 def heat_uri(r: np.ndarray) -> str:
     """Identifiability [B, rows, columns] in colour, blocks side by side, as a PNG data URI."""
-    colors = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in SCALE], dtype=float)
-    side_by_side = np.concatenate(list(r), axis=1)
-    stops = np.linspace(0, 1, len(SCALE))
-    channels = [np.interp(side_by_side, stops, channel) for channel in colors.T]
     buffer = io.BytesIO()
-    Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray(in_colors(np.concatenate(list(r), axis=1), DIVERGING)).save(buffer, "PNG")
     return _data_uri("image/png", buffer.getvalue())
 
 
