@@ -2,7 +2,10 @@
 
 Axis names: ``image`` (position on the image axis; a unit fills ``unit_images`` consecutive places,
 its last ones may be padding), ``block`` (0-based), ``stream``, ``token`` (prefix tokens first, then
-patches row by row), ``patch`` (image tokens only).
+patches row by row), ``patch`` (image tokens only). Arrays that add up the images of a unit have the
+axis ``unit`` in the image's place: ``neuron`` (a key-value pair of a block's MLP), ``code`` (of an
+activation, see `classlens.extractor.codes`), ``exemplar``, ``slot`` (a class of the unit's images;
+which one stands in an array beside).
 
 This module imports neither torch nor zarr.
 """
@@ -21,8 +24,17 @@ from classlens.extractor.errors import StoreError
 FORMAT_VERSION = 1
 
 STREAMS = ("resid", "mid", "attn", "mlp")
-REDUCERS = ("memories", "attribution")
+REDUCERS = ("memories", "attribution", "neurons")
 """What `extract --reduce` adds to the ranks."""
+EXEMPLARS = 15
+"""Images kept of every neuron, those of its largest activation (MILAN)."""
+CODES = 256
+MEAN_UNIT = 2.0**-16
+"""Of the mean activation of an image, so that sums over images are whole numbers."""
+PATCH_AREA = 255
+"""The area of a patch, in the unit of `images/mask_fraction`."""
+CHUNK_NEURONS = 256
+"""The most neurons of a chunk, so that a page on one neuron need not read all of its block."""
 KNOCKOUTS = ("self-only", "no-cls", "no-cls-renormalised")
 REMOVALS = ("drop-context", "drop-class")
 INTERVENTIONS = (*KNOCKOUTS, *REMOVALS)
@@ -83,7 +95,8 @@ class Layout:
     ``scores/recomputed`` exists. heads: attention heads H of a block. reducers: which of
     ``REDUCERS`` fill arrays besides the ranks. tokens_removed: whether the scores of some image
     tokens are fill values, because an intervention removed them. per_head: whether the attribution
-    keeps each head.
+    keeps each head. mlp_width: neurons F of a block, where neurons are accumulated. slots: the most
+    classes that a unit's images have, where neurons are accumulated.
     """
 
     images: int
@@ -100,6 +113,8 @@ class Layout:
     reducers: tuple[str, ...] = ()
     tokens_removed: bool = False
     per_head: bool = False
+    mlp_width: int = 0
+    slots: int = 0
 
     @property
     def prefix(self) -> int:
@@ -131,6 +146,11 @@ class Layout:
             "patch": self.patches,
             "head": self.heads,
             "sublayer": len(SUBLAYERS),
+            "unit": self.units,
+            "neuron": self.mlp_width,
+            "code": CODES,
+            "exemplar": EXEMPLARS,
+            "slot": self.slots,
         }[name]
 
     def to_json(self) -> dict[str, Any]:
@@ -151,7 +171,7 @@ class ArraySpec:
     """One Zarr array: its path in the store, dtype, axes and fill value."""
 
     path: str
-    dtype: Literal["uint8", "uint16", "uint32", "int32", "float16"]
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64", "float16", "float32"]
     axes: tuple[str, ...]
     fill: int | float
 
@@ -160,16 +180,22 @@ class ArraySpec:
         return tuple(layout.axis(a) for a in self.axes)
 
     def shard(self, layout: Layout) -> tuple[int, ...]:
-        """Shape of one shard: the images of one unit, everything else whole."""
-        return (layout.unit_images, *self.shape(layout)[1:])
+        """Shape of one shard: the images of one unit, or the unit, and everything else whole."""
+        places = 1 if self.axes[0] == "unit" else layout.unit_images
+        return (places, *self.shape(layout)[1:])
 
     def chunk(self, layout: Layout) -> tuple[int, ...]:
-        """Shape of one chunk: one block and stream, sublayer or head of the unit's images."""
+        """Shape of one chunk: one block and stream, sublayer or head of the unit's images; or some
+        neurons of one block."""
         single = {"block", "stream", "sublayer", "head"}
         return tuple(
-            1 if axis in single else length
+            1 if axis in single else _divisor(length) if axis == "neuron" else length
             for axis, length in zip(self.axes, self.shard(layout), strict=True)
         )
+
+
+def _divisor(neurons: int) -> int:
+    return max(n for n in range(1, CHUNK_NEURONS + 1) if neurons % n == 0)
 
 
 def class_dtype(classes: int) -> Literal["uint16", "uint32"]:
@@ -215,6 +241,46 @@ def attribution_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     return tuple(arrays)
 
 
+def neuron_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The arrays of the neurons reducer; see `classlens.extractor.reducers.neurons`.
+
+    ``class_sums`` are in units of 2^-16. Exemplars of a neuron stand in no order; where a unit has
+    fewer images, the places behind have value −∞ and image −1.
+    """
+    exemplar = ("unit", "block", "neuron", "exemplar")
+    classes, class_images = slot_arrays("neurons")
+    return (
+        classes,
+        class_images,
+        ArraySpec("neurons/class_sums", "int64", ("unit", "block", "slot", "neuron"), 0),
+        ArraySpec("neurons/histogram", "uint32", ("unit", "block", "neuron", "code"), 0),
+        ArraySpec("neurons/exemplar_value", "float32", exemplar, float("-inf")),
+        ArraySpec("neurons/exemplar_image", "int32", exemplar, -1),
+        ArraySpec("neurons/exemplar_codes", "uint8", (*exemplar, "patch"), 0),
+    )
+
+
+def dissection_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
+    """The arrays of Network Dissection; see `classlens.extractor.reducers.dissection`.
+
+    Areas are in units of 1/255 of a patch.
+    """
+    return (
+        *slot_arrays("dissection"),
+        ArraySpec("dissection/class_area", "uint32", ("unit", "slot"), 0),
+        ArraySpec("dissection/active_area", "uint32", ("unit", "block", "neuron"), 0),
+        ArraySpec("dissection/intersection", "uint32", ("unit", "block", "slot", "neuron"), 0),
+    )
+
+
+def slot_arrays(name: str) -> tuple[ArraySpec, ArraySpec]:
+    """The class of each slot of a unit, −1 in those left over, and the images that were counted."""
+    return (
+        ArraySpec(f"{name}/classes", "int32", ("unit", "slot"), -1),
+        ArraySpec(f"{name}/class_images", "uint32", ("unit", "slot"), 0),
+    )
+
+
 def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """The arrays with one row per image."""
     arrays = [
@@ -229,10 +295,15 @@ def image_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
 
 def all_arrays(layout: Layout) -> tuple[ArraySpec, ...]:
     """Every array of a store."""
-    reduced = {"memories": memory_arrays, "attribution": attribution_arrays}
+    reduced = {
+        "memories": memory_arrays,
+        "attribution": attribution_arrays,
+        "neurons": neuron_arrays,
+        "dissection": dissection_arrays,
+    }
     return (
         *image_arrays(layout),
-        *score_arrays(layout),
+        *(score_arrays(layout) if layout.streams else ()),
         *(spec for name in layout.reducers for spec in reduced[name](layout)),
     )
 
