@@ -183,7 +183,7 @@ def _section(
         name=name,
         layout=layout,
         aspect=_aspect(attributes["geometry"]["input_size"], layout.grid),
-        facts=_facts(store, attributes, layout),
+        facts=store_facts(store, attributes, layout),
         result=result,
         rates=_rates(name, result),
         charts=charts,
@@ -197,7 +197,7 @@ def _section(
     )
 
 
-def _facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str, str]:
+def store_facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str, str]:
     """Rows of the table on how a store was made."""
     config, geometry = attributes["config"], attributes["geometry"]
     units = pl.read_parquet(store / "units.parquet")

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-DETECTOR_IOU = 0.04
-"""A neuron detects its best class when their IoU is above (Network Dissection)."""
+from classlens.analysis.neurons.localisation import LocalisationResult
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,12 @@ class Exemplar:
     """An image on which a neuron is most active.
 
     picture: its place in ``Content.pictures``. value: the neuron's largest activation on it. mask:
-    bool [rows, columns], where the activation is above the neuron's threshold; None without a
-    threshold.
+    bool [rows, columns], where the activation is above the neuron's threshold.
     """
 
     picture: int
     value: float
-    mask: np.ndarray | None
+    mask: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,12 @@ class Word:
 class Synthesised:
     """An image made to excite a neuron.
 
-    file: a PNG. target: the class for whose sake. predicted: the class that the model sees in it.
+    file: a PNG. target: the class for whose sake it was made. series: of one series are the images
+    that show one ascent after more and more steps. predicted: the class that the model sees in it.
     """
 
     file: Path
-    variant: str
+    series: str
     steps: int
     target: str
     predicted: str
@@ -68,20 +67,21 @@ class Synthesised:
 class NeuronPage:
     """Everything its page says of neuron ``block:neuron``. Classes are in falling order.
 
-    promoted: E·v_j. averages: mean activation over the images of a class. exemplars: most active
-    first. threshold: activations above are inside the masks. iou: of the thresholded activation
-    with the classes' segmentation masks. agreeing: how many pairs of its words are the same class.
+    promoted: E·v_j. words: see ``words.WORDS``. agreeing: how many pairs of words are the same
+    class. exemplars: most active first. threshold: activations above are inside the masks.
+    averages: mean activation over the images of a class. iou: of the thresholded activation with
+    the classes' segmentation masks. synthesised: in the order they are shown.
     """
 
     block: int
     neuron: int
-    promoted: tuple[Scored, ...] | None = None
-    averages: tuple[Scored, ...] | None = None
+    promoted: tuple[Scored, ...]
+    words: tuple[Word, ...]
+    agreeing: int
     exemplars: tuple[Exemplar, ...] | None = None
     threshold: float | None = None
+    averages: tuple[Scored, ...] | None = None
     iou: tuple[Scored, ...] | None = None
-    words: tuple[Word, ...] | None = None
-    agreeing: int | None = None
     synthesised: tuple[Synthesised, ...] | None = None
 
     @property
@@ -90,7 +90,7 @@ class NeuronPage:
         return f"{self.block}:{self.neuron}"
 
 
-PARTS = ("promoted", "exemplars", "averages", "iou", "words", "clip", "synthesised")
+PARTS = ("exemplars", "averages", "iou", "clip", "synthesised")
 """What may not have been computed: fields of `NeuronPage`, and ``clip`` among its words."""
 
 
@@ -113,9 +113,8 @@ class Content:
     with a page, ascending. missing: for each of ``PARTS`` that was not computed, a sentence that
     says which command adds it; commands stand between backticks. pages: the pages of a block, in
     the order of ``neurons``. pictures: in the order in which the sheets have them. pixels: uint8
-    [height, width, 3] of each picture, in order. top_blocks: columns block, classes (how many have
-    their top key neuron there). localisation: how well neurons localise, see `overview`; None where
-    it was not given.
+    [height, width, 3] of each picture, in order. top_blocks: of ``alignment.block_distribution``.
+    localisation: None where it was not given.
     """
 
     title: str
@@ -129,8 +128,8 @@ class Content:
     pages: Callable[[int], Iterator[NeuronPage]]
     pictures: Sequence[Picture]
     pixels: Callable[[], Iterator[np.ndarray]]
-    top_blocks: pl.DataFrame | None = None
-    localisation: pl.DataFrame | None = None
+    top_blocks: pl.DataFrame
+    localisation: LocalisationResult | None = None
 
     @property
     def total(self) -> int:

@@ -10,8 +10,16 @@ import altair as alt
 import polars as pl
 from markupsafe import Markup
 
-from classlens.analysis.neurons.site.content import DETECTOR_IOU, Content
-from classlens.analysis.plot_style import STREAM_COLORS, styled, to_svg
+from classlens.analysis.neurons.dissection import DETECTOR_IOU
+from classlens.analysis.neurons.site.content import Content
+from classlens.analysis.plot_style import (
+    CONTROL_COLOR,
+    LEVEL,
+    STREAM_COLORS,
+    block_axis,
+    styled,
+    to_svg,
+)
 
 PANEL = {"width": 560, "height": 230}
 
@@ -33,7 +41,12 @@ def figures(content: Content, table: pl.DataFrame) -> list[Figure]:
     Args:
         table: of `Table.frame`.
     """
-    return [*_detectors(table), *_top_blocks(content), *_agreement(table)]
+    return [
+        *_top_blocks(content),
+        *_localisation(content),
+        *_detectors(table),
+        *_agreement(table),
+    ]
 
 
 def _detectors(table: pl.DataFrame) -> Iterator[Figure]:
@@ -56,8 +69,6 @@ def _detectors(table: pl.DataFrame) -> Iterator[Figure]:
 
 
 def _top_blocks(content: Content) -> Iterator[Figure]:
-    if content.top_blocks is None:
-        return
     blocks = content.top_blocks
     yield _bars(
         "top-neurons",
@@ -68,6 +79,49 @@ def _top_blocks(content: Content) -> Iterator[Figure]:
         f"The neuron whose value vector promotes a class most, over all neurons of all blocks: the "
         f"block it is in, for {blocks['classes'].sum():,} classes.",
     )
+
+
+def _localisation(content: Content) -> Iterator[Figure]:
+    if content.localisation is None:
+        return
+    found = content.localisation
+    lines = {"top": "top key neuron of the class", "random": "random neuron of the block"}
+    rows = pl.concat(
+        found.blocks.select(
+            "block",
+            pl.lit(text).alias("line"),
+            pl.col(name).alias("iou"),
+            pl.col(f"{name}_low").alias("low"),
+            pl.col(f"{name}_high").alias("high"),
+        )
+        for name, text in lines.items()
+    )
+    color = alt.Color(
+        "line:N",
+        title=None,
+        scale=alt.Scale(domain=list(lines.values()), range=[STREAM_COLORS["mlp"], CONTROL_COLOR]),
+    )
+    base = alt.Chart(rows).encode(x=block_axis(rows), color=color)
+    scale = alt.Scale(domain=[0, 1.1 * max(rows["high"])], nice=True)
+    y = alt.Y("iou:Q", title="mean IoU with the class's mask", scale=scale)
+    chart: Any = alt.layer(
+        base.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q"),
+        base.mark_line(strokeWidth=2).encode(y=y),
+        base.mark_circle(size=30, opacity=1).encode(y=y),
+    )
+    mean, low, high = found.late_minus_early
+    ahead = found.blocks.filter(pl.col("q_value") < LEVEL)["block"].to_list()
+    caption = (
+        f"The patches where a neuron is above its 80th percentile on an image, against those that "
+        f"the image's mask gives to its class: mean IoU over {found.n_images:,} images, with 95% "
+        f"bootstrap intervals. The top neurons of the last half of the blocks minus those of the "
+        f"first half: {mean:+.3f} [{low:+.3f}, {high:+.3f}]. The top neuron is ahead of a random one "
+        f"(q < {LEVEL}, one-sided Wilcoxon test over images) in "
+        + (f"blocks {', '.join(map(str, ahead))}." if ahead else "no block.")
+    )
+    title = "Do top key neurons lie where their class is?"
+    svg = to_svg(styled(chart.properties(**PANEL)), f"{title} The numbers are in the table below.")
+    yield Figure("localisation", title, Markup(svg), caption, found.blocks)
 
 
 def _agreement(table: pl.DataFrame) -> Iterator[Figure]:

@@ -8,7 +8,7 @@ a script, which browsers refuse to pages opened from a disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import comb
@@ -16,8 +16,10 @@ from pathlib import Path
 
 import jinja2
 
-from classlens.analysis.neurons.site import bitgrid, overview
-from classlens.analysis.neurons.site.content import DETECTOR_IOU, Content, NeuronPage
+from classlens.analysis.neurons.dissection import DETECTOR_IOU
+from classlens.analysis.neurons.site import bitgrid
+from classlens.analysis.neurons.site.content import Content
+from classlens.analysis.neurons.site.overview import figures
 from classlens.analysis.neurons.site.sprites import SIDE, Sheets
 from classlens.analysis.neurons.site.table import Table
 from classlens.analysis.report.templates import asset, environment
@@ -98,45 +100,45 @@ def _write(content: Content, out: Path, progress: Callable[[int, int], None] | N
     sheets = Sheets.of(content.aspect)
     pictures = sheets.write(content.pixels(), out)
     templates = _environment(content, sheets)
-    template = templates.get_template("neuron.html")
+    table = _write_pages(content, out, templates.get_template("neuron.html"), progress)
+    (out / "index-data.js").write_text(table.script(), encoding="utf-8")
+    charts = figures(content, table.frame())
+    for name in ("index.html", "overview.html"):
+        page = templates.get_template(name).render(figures=charts)
+        (out / name).write_text(page, encoding="utf-8")
+    return pictures
+
+
+def _write_pages(
+    content: Content,
+    out: Path,
+    template: jinja2.Template,
+    progress: Callable[[int, int], None] | None,
+) -> Table:
+    """Writes the page of each neuron, and the synthesised images; returns the rows of the index."""
     table = Table(content)
     names = [(block, j) for block, neurons in content.neurons.items() for j in neurons]
+    synthesised: dict[Path, str] = {}
     (out / "synthesised").mkdir()
-    for i, page in enumerate(_pages(content)):
+    for i, page in enumerate(page for block in content.neurons for page in content.pages(block)):
+        assert (page.block, page.neuron) == names[i], page.name
+        for image in page.synthesised or ():
+            if image.file not in synthesised:
+                synthesised[image.file] = f"synthesised/{len(synthesised)}.png"
+                shutil.copyfile(image.file, out / synthesised[image.file])
+        text = template.render(
+            page=page,
+            before=names[i - 1] if i else None,
+            after=names[i + 1] if i + 1 < len(names) else None,
+            synthesised=synthesised,
+        )
         file = out / page_file(page.block, page.neuron)
         file.parent.mkdir(parents=True, exist_ok=True)
-        before = names[i - 1] if i else None
-        after = names[i + 1] if i + 1 < len(names) else None
-        synthesised = _copied(page, out)
-        text = template.render(page=page, before=before, after=after, synthesised=synthesised)
         file.write_text(text, encoding="utf-8")
         table.add(page)
         if progress is not None:
             progress(i + 1, len(names))
-    (out / "index-data.js").write_text(table.script(), encoding="utf-8")
-    index = templates.get_template("index.html").render()
-    (out / "index.html").write_text(index, encoding="utf-8")
-    figures = overview.figures(content, table.frame())
-    page = templates.get_template("overview.html").render(figures=figures)
-    (out / "overview.html").write_text(page, encoding="utf-8")
-    return pictures
-
-
-def _pages(content: Content) -> Iterator[NeuronPage]:
-    for block, neurons in content.neurons.items():
-        for neuron, page in zip(neurons, content.pages(block), strict=True):
-            assert (page.block, page.neuron) == (block, neuron), page.name
-            yield page
-
-
-def _copied(page: NeuronPage, out: Path) -> list[str]:
-    """Copies the synthesised images of a page; their files, relative to the site."""
-    names = []
-    for i, image in enumerate(page.synthesised or ()):
-        name = f"synthesised/{page.block}-{page.neuron}-{i}.png"
-        shutil.copyfile(image.file, out / name)
-        names.append(name)
-    return names
+    return table
 
 
 def _environment(content: Content, sheets: Sheets) -> jinja2.Environment:

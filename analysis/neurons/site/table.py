@@ -38,9 +38,10 @@ class Table:
             row |= self._scored("label", "share", label, count / len(page.exemplars))
         if page.iou:
             row |= self._scored("detected", "iou", page.iou[0].name, page.iou[0].value)
-        if page.words:
-            clip = next((w.word for w in page.words if w.kind == "clip"), None)
-            row |= {"clip": self._name(clip)} if clip else {}
+        clip = next((word.word for word in page.words if word.kind == "clip"), None)
+        if clip is not None:
+            row["clip"] = self._name(clip)
+        if len(page.words) > 1:
             row["agreeing"] = page.agreeing
         self._rows.append(row)
 

@@ -1,0 +1,126 @@
+"""What other commands wrote of a store's neurons, read for the site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from classlens.analysis.neurons.localisation import LocalisationResult
+from classlens.analysis.neurons.site.content import Synthesised
+from classlens.analysis.neurons.synthesis.folder import read_results
+from classlens.extractor.errors import ConfigMismatchError, StoreError, UsageError
+from classlens.extractor.schema import read_attributes
+
+MISSING = {
+    "exemplars": "There are no exemplars, for the store does not keep them: extract it with "
+    "`classlens extract … --reduce neurons`.",
+    "averages": "There are no class averages, for the store does not keep them: extract it with "
+    "`classlens extract … --reduce neurons`.",
+    "iou": "There is no dissection: run `classlens neurons dissect STORE --out DISSECTION` on a "
+    "store whose images have masks, and write the site with `--dissection DISSECTION`.",
+    "clip": "There is no word by CLIP: run `classlens neurons words STORE --out WORDS` with an "
+    "image tower and texts, and write the site with `--words WORDS`.",
+    "synthesised": "There are no synthesised images: run `classlens neurons synthesize STORE --out "
+    "IMAGES`, and write the site with `--synthesis IMAGES`.",
+}
+"""What to say of a part that no source has."""
+CLIP_COLUMNS = ("block", "neuron", "clip_word", "clip_class", "clip_score")
+LOCALISED = ("block", "top", "top_low", "top_high", "random", "random_low", "random_high")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the site is made of. store: of `classlens extract`; the others are of the commands in
+    ``MISSING`` and of ``neurons localise --json``, None where not given."""
+
+    store: Path
+    dissection: Path | None = None
+    words: Path | None = None
+    synthesis: Path | None = None
+    localisation: Path | None = None
+
+
+def require_same_model(store: Path, other: Path) -> None:
+    """Checks that two stores are of the same weights.
+
+    Raises:
+        StoreError: one is no store. ConfigMismatchError: they are not.
+    """
+    weights = [read_attributes(s)["fingerprint"]["weights_sha256"] for s in (store, other)]
+    if weights[0] != weights[1]:
+        raise ConfigMismatchError(
+            f"{other} is of other weights than {store}; make it of this store's model."
+        )
+
+
+def read_clip_words(file: Path) -> pl.DataFrame:
+    """Columns block, neuron, clip_word, clip_class, clip_score.
+
+    Raises:
+        UsageError: the file has none.
+    """
+    try:
+        return pl.read_parquet(file, columns=list(CLIP_COLUMNS))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UsageError(
+            f"--words {file} has no words by CLIP ({type(error).__name__}); give a file that "
+            "`classlens neurons words --out` wrote with an image tower."
+        ) from error
+
+
+def read_synthesised(folder: Path) -> dict[tuple[int, int], tuple[Synthesised, ...]]:
+    """The images of each neuron, block and index, in whose objective it is.
+
+    Raises:
+        StoreError: the folder's table or an image that it names is missing.
+    """
+    results = read_results(folder)
+    several = results["image"].max() != 0
+    found: dict[tuple[int, int], list[Synthesised]] = {}
+    for row in results.sort("variant", "label", "target", "image", "steps").to_dicts():
+        file = folder / row["file"]
+        if not file.is_file():
+            raise StoreError(
+                f"{file} is missing; run `classlens neurons synthesize --out {folder}` again."
+            )
+        image = Synthesised(
+            file=file,
+            series=f"{row['variant']}, for {row['name']}"
+            + (f", image {row['image']}" if several else ""),
+            steps=row["steps"],
+            target=row["name"],
+            predicted=row["predicted_name"],
+        )
+        for key in row["keys"].split():
+            block, neuron = map(int, key.split(":"))
+            found.setdefault((block, neuron), []).append(image)
+    return {neuron: tuple(images) for neuron, images in found.items()}
+
+
+def read_localisation(file: Path) -> LocalisationResult:
+    """What ``neurons localise --json`` printed.
+
+    Raises:
+        UsageError: the file holds something else.
+    """
+    try:
+        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        blocks = pl.DataFrame(found["blocks"])
+        blocks.select(LOCALISED)
+        return LocalisationResult(
+            n_images=int(found["n_images"]),
+            n_without=int(found["n_without"]),
+            seed=int(found["seed"]),
+            blocks=blocks,
+            late_minus_early=tuple(found["late_minus_early"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise UsageError(
+            f"--localisation {file} is no result of localisation ({type(error).__name__}); give "
+            "what `classlens neurons localise STORE --json` printed."
+        ) from error
