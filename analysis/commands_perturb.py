@@ -163,6 +163,11 @@ def _holds(prepared: Prepared, convention: str) -> bool:
 
 
 def spread_images(store: Path, count: int | None) -> list[int]:
+    """Places of ``count`` scored images, evenly spread; of all when None.
+
+    Raises:
+        UsageError: no image is scored.
+    """
     import numpy as np
     import polars as pl
 

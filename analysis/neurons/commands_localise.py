@@ -20,9 +20,7 @@ from classlens.extractor.console import status as spinner
 from classlens.extractor.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from classlens.analysis.neurons.localisation import LocalisationResult
+    from classlens.analysis.neurons.localisation import Localisation
 
 
 @click.command()
@@ -32,9 +30,7 @@ if TYPE_CHECKING:
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
 @seed_option
 @json_option
-def localise(
-    store: Path, images: int | None, device: str | None, seed: int, as_json: bool
-) -> None:
+def localise(store: Path, images: int | None, device: str | None, seed: int, as_json: bool) -> None:
     """Whether top key neurons are active where their class is, block by block.
 
     Each image of STORE passes the model once more. In every block the patches where the top key
@@ -75,17 +71,17 @@ def localise(
         )
     with bar("Localising") as progress:
         found = overlaps(prepared, scorer, tops, chosen, seed=seed, progress=progress)
-    result = localisation(found, seed=seed)
+    within = localisation(found.top, found.random, over="images", seed=seed)
     if as_json:
-        click.echo(json.dumps({"store": str(store)} | result.to_json()))
+        facts = {"store": str(store), "seed": seed, "n_without": found.n_without}
+        click.echo(json.dumps(facts | {"within_images": within.to_json()}))
         return
-    from rich.console import Console
-
-    Console().print(_table(store, result))
-    mean, low, high = result.late_minus_early
-    click.echo(
-        f"top neurons, last half of the blocks minus first half: {mean:+.3f} [{low:+.3f}, "
-        f"{high:+.3f}]"
+    without = f"; {found.n_without:,} without a class patch left out" if found.n_without else ""
+    _print(
+        within,
+        f"{store.name}: key neurons and the mask of the class, within images",
+        f"IoU, mean over {within.n:,} images{without}; patches above the 80th percentile of the "
+        "class's top neuron, or of another neuron",
     )
 
 
@@ -93,17 +89,26 @@ def _device(gpu: bool) -> str:
     return "cuda" if gpu else "cpu"
 
 
-def _table(store: Path, result: LocalisationResult) -> Table:
-    without = f"; {result.n_without:,} without a class patch are left out"
+def _print(result: Localisation, title: str, caption: str) -> None:
+    from rich.console import Console
+
     shown = new_table(
-        f"{store.name}: IoU of key neurons with the mask of the class",
-        f"{result.n_images:,} images{without if result.n_without else ''}; patches above the 80th "
-        "percentile of the class's top neuron, or of another neuron; [ ]: 95% bootstrap interval "
-        "over images; q: one-sided Wilcoxon test, top ahead of random",
-        ["block", "top neuron", "random neuron", "difference", "q"],
+        title,
+        f"{caption}; [ ]: 95% bootstrap interval over {result.over}; q: one-sided Wilcoxon test, "
+        "top ahead of random",
+        ["block", "top neuron", "random", "difference", "q"],
     )
     for row in result.blocks.iter_rows(named=True):
-        cells = [with_interval(row, name, ".3f") for name in ("top", "random")]
-        difference = with_interval(row, "difference", "+.3f")
-        shown.add_row(str(row["block"]), *cells, difference, f"{row['q_value']:.2g}")
-    return shown
+        shown.add_row(
+            str(row["block"]),
+            with_interval(row, "top", ".3f"),
+            f"{row['random']:.3f}",
+            with_interval(row, "difference", "+.3f"),
+            f"{row['q_value']:.2g}",
+        )
+    Console().print(shown)
+    mean, low, high = result.late_minus_early
+    click.echo(
+        f"Top neurons, last half of the blocks minus first half: {mean:+.4f} [{low:+.4f}, "
+        f"{high:+.4f}]\n"
+    )

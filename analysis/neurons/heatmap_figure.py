@@ -61,9 +61,7 @@ def draw(maps: HeatMaps, title: str, captions: Sequence[Sequence[str]]) -> Image
         pen.text((MARGIN, y + panel_height // 2), f"block {block}", INK, _font(18), anchor="lm")
         for left, panel in zip(lefts, _panels(maps, row, captions[row]), strict=True):
             picture = Image.fromarray(panel.pixels)
-            figure.paste(
-                picture.resize((PANEL, panel_height), Image.Resampling.BICUBIC), (left, y)
-            )
+            figure.paste(picture.resize((PANEL, panel_height), Image.Resampling.BICUBIC), (left, y))
             pen.text((left, y + panel_height + 3), panel.caption, INK, _font(14))
             pen.text((left, y + panel_height + 20), panel.detail, FAINT, _font(13))
     _legend(figure, lefts[0], size[1] - LEGEND)

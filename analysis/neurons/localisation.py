@@ -1,11 +1,15 @@
 """Do top key neurons lie where their class is? Late blocks against early ones and against chance.
 
-For each image with a segmentation mask and each block: the patches where the top key neuron of the
-image's class is above its 80th percentile, against the patches that the mask gives to the class,
-by intersection over union (IoU). Chance is another neuron of the block, drawn anew for each image
-and block.
+Two questions, both answered by intersection over union (IoU) with the class of segmentation masks:
 
-Shape letters: G patches, L blocks, N images.
+- *within images*: the patches where the top key neuron of the image's class is above its 80th
+  percentile of this image, against the patches of the class. Chance is another neuron of the block,
+  drawn anew for each image and block.
+- *over the data set*: where the neuron is above one threshold for all images, which is Network
+  Dissection. A neuron that is active on its class's images, anywhere on them, does well here and
+  not there. Chance is the mean over the other neurons of the block.
+
+Shape letters: F neurons of a block, G patches, K classes with images, L blocks, N images.
 """
 
 from __future__ import annotations
@@ -44,17 +48,19 @@ class Overlaps:
 
 
 @dataclass(frozen=True)
-class LocalisationResult:
+class Localisation:
     """What :func:`localisation` finds.
 
-    blocks: see :func:`by_block`. late_minus_early: mean IoU of the top neurons in the last half of
-    the blocks minus that in the first half (the middle block of an odd number is in neither), with
-    its 95% bootstrap interval over images.
+    over: what a row of the sample is, "images" or "classes"; n: their number. blocks: one row a
+    block: block; top, random, difference (top − random), means over the sample, each with its 95%
+    bootstrap interval in …_low and …_high; p_value (one-sided paired Wilcoxon test that the top
+    neuron exceeds the random one), q_value (Benjamini–Hochberg over blocks). late_minus_early: mean
+    of the top neurons in the last half of the blocks minus that in the first half (the middle
+    block of an odd number is in neither), and its interval.
     """
 
-    n_images: int
-    n_without: int
-    seed: int
+    over: str
+    n: int
     blocks: pl.DataFrame
     late_minus_early: tuple[float, float, float]
 
@@ -101,7 +107,10 @@ def overlaps(
         places = pictures.targets.images.numpy()
         top_NL = tops.neurons[:, pictures.targets.labels.numpy(), 0].T
         other_NL = np.stack(
-            [other_neurons(top_L, width, [seed, n]) for top_L, n in zip(top_NL, places, strict=True)]
+            [
+                other_neurons(top_L, width, [seed, n])
+                for top_L, n in zip(top_NL, places, strict=True)
+            ]
         )
         pairs_NLK = torch.from_numpy(np.stack([top_NL, other_NL], axis=2).astype(np.int64))
         activation = key_activations(scorer, pictures.pixels, pairs_NLK).numpy()
@@ -131,36 +140,46 @@ def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return both / np.maximum(either, 1)
 
 
-def localisation(found: Overlaps, *, seed: int = 0) -> LocalisationResult:
-    """Means over images with 95% bootstrap intervals."""
-    blocks = found.top.shape[1]
-    half = blocks // 2
-    late = found.top[:, blocks - half :].mean(1) - found.top[:, :half].mean(1)
-    low, high = statistics.bootstrap_interval(late[:, None], seed=seed)
-    return LocalisationResult(
-        n_images=len(found.images),
-        n_without=found.n_without,
-        seed=seed,
-        blocks=by_block(found.top, found.random, seed=seed),
-        late_minus_early=(float(late.mean()), float(low[0]), float(high[0])),
-    )
+def dissected(
+    tops: TopNeurons, iou_of: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """IoU over the data set of each class with its top neuron and with the other neurons.
 
+    Args:
+        iou_of: of each block the classes, [K], and their IoU with each neuron, [K, F].
 
-def by_block(top_NL: np.ndarray, random_NL: np.ndarray, *, seed: int = 0) -> pl.DataFrame:
-    """Mean IoU of each block.
-
-    Columns: block; top, random, difference (top − random), each with its 95% bootstrap interval
-    over images in …_low and …_high; p_value (one-sided paired Wilcoxon test over images that the
-    top neuron exceeds the random one), q_value (Benjamini–Hochberg over blocks).
+    Returns:
+        of the top neuron, and the mean over all other neurons of the block; float64 [K, L] each.
     """
+    top, others = [], []
+    for top_C, (classes_K, iou_KF) in zip(tops.neurons[:, :, 0], iou_of, strict=True):
+        of_top_K = iou_KF[np.arange(len(classes_K)), top_C[classes_K]]
+        top.append(of_top_K)
+        others.append((iou_KF.sum(1) - of_top_K) / (iou_KF.shape[1] - 1))
+    return np.stack(top, axis=1), np.stack(others, axis=1)
+
+
+def localisation(
+    top_NL: np.ndarray, random_NL: np.ndarray, *, over: str, seed: int = 0
+) -> Localisation:
+    """Top neurons beside others, late blocks beside early ones.
+
+    Args:
+        top_NL, random_NL: IoU of an image, or of a class, in each block; of :func:`overlaps` or
+            :func:`dissected`. over: what N counts.
+        seed: of the bootstrap.
+    """
+    half = top_NL.shape[1] // 2
+    late_N = top_NL[:, -half:].mean(1) - top_NL[:, :half].mean(1)
+    low, high = statistics.bootstrap_interval(late_N[:, None], seed=seed)
     columns = {"block": pl.Series(range(top_NL.shape[1]), dtype=pl.Int16)}
-    for name, values_NL in (
-        ("top", top_NL),
-        ("random", random_NL),
-        ("difference", top_NL - random_NL),
-    ):
-        low, high = statistics.bootstrap_interval(values_NL, seed=seed)
-        columns |= {name: values_NL.mean(0), f"{name}_low": low, f"{name}_high": high}
-    p_values = [statistics.wilcoxon_greater(*pair) for pair in zip(top_NL.T, random_NL.T, strict=True)]
-    q_values = statistics.benjamini_hochberg(np.array(p_values))
-    return pl.DataFrame(columns | {"p_value": p_values, "q_value": q_values})
+    measures = {"top": top_NL, "random": random_NL, "difference": top_NL - random_NL}
+    for name, values_NL in measures.items():
+        ends = statistics.bootstrap_interval(values_NL, seed=seed)
+        columns |= {name: values_NL.mean(0), f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    pairs = zip(top_NL.T, random_NL.T, strict=True)
+    p_values = np.array([statistics.wilcoxon_greater(*pair) for pair in pairs])
+    columns |= {"p_value": p_values, "q_value": statistics.benjamini_hochberg(p_values)}
+    return Localisation(
+        over, len(top_NL), pl.DataFrame(columns), (late_N.mean(), low.item(), high.item())
+    )
