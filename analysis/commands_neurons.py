@@ -7,6 +7,7 @@ import click
 from classlens.analysis.neurons.commands_alignment import shared, top
 from classlens.analysis.neurons.commands_heatmap import heatmap
 from classlens.analysis.neurons.commands_localise import localise
+from classlens.analysis.neurons.commands_pages import pages
 
 
 @click.group()
@@ -17,5 +18,5 @@ def neurons() -> None:
     """
 
 
-for command in (top, shared, heatmap, localise):
+for command in (top, shared, heatmap, localise, pages):
     neurons.add_command(command)

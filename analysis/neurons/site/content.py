@@ -6,13 +6,13 @@ A part that was not computed is None; one that was computed and found nothing is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from classlens.analysis.neurons.localisation import LocalisationResult
+from classlens.analysis.neurons.localisation import Localisation
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Content:
     says which command adds it; commands stand between backticks. pages: the pages of a block, in
     the order of ``neurons``. pictures: in the order in which the sheets have them. pixels: uint8
     [height, width, 3] of each picture, in order. top_blocks: of ``alignment.block_distribution``.
-    localisation: None where it was not given.
+    localisation: by its question, ``within_images`` or ``over_data``; empty where it was not given.
     """
 
     title: str
@@ -129,7 +129,7 @@ class Content:
     pictures: Sequence[Picture]
     pixels: Callable[[], Iterator[np.ndarray]]
     top_blocks: pl.DataFrame
-    localisation: LocalisationResult | None = None
+    localisation: Mapping[str, Localisation] = field(default_factory=dict)
 
     @property
     def total(self) -> int:

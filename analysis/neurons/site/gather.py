@@ -128,14 +128,14 @@ class _Gathered:
             ],
             pixels=self.pixels,
             top_blocks=block_distribution(top_neurons(self.subject, 1)),
-            localisation=None if localisation is None else read_localisation(localisation),
+            localisation={} if localisation is None else read_localisation(localisation),
         )
 
     def pages(self, block: int) -> Iterator[NeuronPage]:
         """The pages of a block."""
         parts: dict[str, list[Any]] = {}
         words = [promoted_words(self.subject, block, min(TOP, len(self.names)))]
-        store, dissection = self.sources.store, self.sources.dissection
+        store, dissection, grid = self.sources.store, self.sources.dissection, self.layout.grid
         if self.accumulates:
             values_FX, images_FX, codes_FXG = exemplar_codes(store, block)
             masks_FXG = masks(codes_FXG, self.codes_LF[block])
@@ -155,7 +155,7 @@ class _Gathered:
             if self.accumulates:
                 of_neuron["threshold"] = float(self.thresholds_LF[block, j])
                 of_neuron["exemplars"] = tuple(
-                    Exemplar(int(self.place_I[image]), float(value), mask_G.reshape(self.layout.grid))
+                    Exemplar(int(self.place_I[image]), float(value), mask_G.reshape(grid))
                     for value, image, mask_G in zip(
                         values_FX[j], images_FX[j], masks_FXG[j], strict=True
                     )
@@ -186,7 +186,7 @@ class _Gathered:
                 yield from pool.map(read, part.to_dicts())
 
     def _pictured(self) -> pl.DataFrame:
-        """Rows of the images that are exemplars of a neuron with a page, those of a class together."""
+        """Rows of the images that some page shows, those of a class together."""
         if not self.accumulates:
             return self.images.clear()
         found = np.zeros(self.layout.images, bool)

@@ -22,6 +22,21 @@ from classlens.analysis.plot_style import (
 )
 
 PANEL = {"width": 560, "height": 230}
+LOCALISATION = {
+    "within_images": (
+        "Do top key neurons lie where their class is, within an image?",
+        "Where a neuron is above its 80th percentile of an image, against the mask of the image's "
+        "class",
+        "random neuron of the block",
+    ),
+    "over_data": (
+        "Do top key neurons lie where their class is, over the data set?",
+        "Where a neuron is above one threshold for all images (dissection), against the masks of "
+        "its class",
+        "mean of the other neurons of the block",
+    ),
+}
+"""Title, what is compared, and what chance is, for each question of `localisation`."""
 
 
 @dataclass(frozen=True)
@@ -82,46 +97,45 @@ def _top_blocks(content: Content) -> Iterator[Figure]:
 
 
 def _localisation(content: Content) -> Iterator[Figure]:
-    if content.localisation is None:
-        return
-    found = content.localisation
-    lines = {"top": "top key neuron of the class", "random": "random neuron of the block"}
-    rows = pl.concat(
-        found.blocks.select(
-            "block",
-            pl.lit(text).alias("line"),
-            pl.col(name).alias("iou"),
-            pl.col(f"{name}_low").alias("low"),
-            pl.col(f"{name}_high").alias("high"),
+    for question, found in content.localisation.items():
+        title, compared, chance = LOCALISATION[question]
+        lines = {"top": "top key neuron of the class", "random": chance}
+        rows = pl.concat(
+            found.blocks.select(
+                "block",
+                pl.lit(text).alias("line"),
+                pl.col(name).alias("iou"),
+                pl.col(f"{name}_low").alias("low"),
+                pl.col(f"{name}_high").alias("high"),
+            )
+            for name, text in lines.items()
         )
-        for name, text in lines.items()
-    )
-    color = alt.Color(
-        "line:N",
-        title=None,
-        scale=alt.Scale(domain=list(lines.values()), range=[STREAM_COLORS["mlp"], CONTROL_COLOR]),
-    )
+        mean, low, high = found.late_minus_early
+        ahead = found.blocks.filter(pl.col("q_value") < LEVEL)["block"].to_list()
+        caption = (
+            f"{compared}: mean IoU over {found.n:,} {found.over}, with 95% bootstrap intervals. "
+            "Top neurons of the last half of the blocks minus those of the first half: "
+            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]. The top neuron is ahead of chance (one-sided "
+            f"Wilcoxon test, q < {LEVEL}) in "
+            + (f"blocks {', '.join(map(str, ahead))}." if ahead else "no block.")
+        )
+        svg = to_svg(_lines(rows, lines), f"{title} The numbers are in the table below.")
+        yield Figure(question, title, Markup(svg), caption, found.blocks)
+
+
+def _lines(rows: pl.DataFrame, lines: dict[str, str]) -> Any:
+    """Mean IoU over the blocks with its interval, a colour for each ``line``."""
+    colors = alt.Scale(domain=list(lines.values()), range=[STREAM_COLORS["mlp"], CONTROL_COLOR])
+    color = alt.Color("line:N", title=None, scale=colors)
     base = alt.Chart(rows).encode(x=block_axis(rows), color=color)
     scale = alt.Scale(domain=[0, 1.1 * max(rows["high"])], nice=True)
-    y = alt.Y("iou:Q", title="mean IoU with the class's mask", scale=scale)
-    chart: Any = alt.layer(
+    y = alt.Y("iou:Q", title="mean IoU with the mask of the class", scale=scale)
+    layers = (
         base.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q"),
         base.mark_line(strokeWidth=2).encode(y=y),
         base.mark_circle(size=30, opacity=1).encode(y=y),
     )
-    mean, low, high = found.late_minus_early
-    ahead = found.blocks.filter(pl.col("q_value") < LEVEL)["block"].to_list()
-    caption = (
-        f"The patches where a neuron is above its 80th percentile on an image, against those that "
-        f"the image's mask gives to its class: mean IoU over {found.n_images:,} images, with 95% "
-        f"bootstrap intervals. The top neurons of the last half of the blocks minus those of the "
-        f"first half: {mean:+.3f} [{low:+.3f}, {high:+.3f}]. The top neuron is ahead of a random one "
-        f"(q < {LEVEL}, one-sided Wilcoxon test over images) in "
-        + (f"blocks {', '.join(map(str, ahead))}." if ahead else "no block.")
-    )
-    title = "Do top key neurons lie where their class is?"
-    svg = to_svg(styled(chart.properties(**PANEL)), f"{title} The numbers are in the table below.")
-    yield Figure("localisation", title, Markup(svg), caption, found.blocks)
+    return styled(alt.layer(*layers).properties(**PANEL))
 
 
 def _agreement(table: pl.DataFrame) -> Iterator[Figure]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from classlens.analysis.neurons.localisation import LocalisationResult
+from classlens.analysis.neurons.localisation import Localisation
 from classlens.analysis.neurons.site.content import Synthesised
 from classlens.analysis.neurons.synthesis.folder import read_results
 from classlens.extractor.errors import ConfigMismatchError, StoreError, UsageError
@@ -30,7 +30,8 @@ MISSING = {
 }
 """What to say of a part that no source has."""
 CLIP_COLUMNS = ("block", "neuron", "clip_word", "clip_class", "clip_score")
-LOCALISED = ("block", "top", "top_low", "top_high", "random", "random_low", "random_high")
+QUESTIONS = ("within_images", "over_data")
+"""Of ``neurons localise``; see `classlens.analysis.neurons.localisation`."""
 
 
 @dataclass(frozen=True)
@@ -102,25 +103,26 @@ def read_synthesised(folder: Path) -> dict[tuple[int, int], tuple[Synthesised, .
     return {neuron: tuple(images) for neuron, images in found.items()}
 
 
-def read_localisation(file: Path) -> LocalisationResult:
-    """What ``neurons localise --json`` printed.
+def read_localisation(file: Path) -> dict[str, Localisation]:
+    """What ``neurons localise --json`` printed, by question.
 
     Raises:
         UsageError: the file holds something else.
     """
     try:
-        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        blocks = pl.DataFrame(found["blocks"])
-        blocks.select(LOCALISED)
-        return LocalisationResult(
-            n_images=int(found["n_images"]),
-            n_without=int(found["n_without"]),
-            seed=int(found["seed"]),
-            blocks=blocks,
-            late_minus_early=tuple(found["late_minus_early"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = {name: localised(content[name]) for name in QUESTIONS if name in content}
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
+        found = {}
+    if not found:
         raise UsageError(
-            f"--localisation {file} is no result of localisation ({type(error).__name__}); give "
-            "what `classlens neurons localise STORE --json` printed."
-        ) from error
+            f"--localisation {file} is no result of localisation; give what `classlens neurons "
+            "localise STORE --json` printed."
+        )
+    return found
+
+
+def localised(value: Mapping[str, Any]) -> Localisation:
+    """The result saved by ``Localisation.to_json``."""
+    mean, low, high = value["late_minus_early"]
+    return Localisation(value["over"], value["n"], pl.DataFrame(value["blocks"]), (mean, low, high))
