@@ -8,6 +8,7 @@ from classlens.analysis.neurons.commands_alignment import shared, top
 from classlens.analysis.neurons.commands_heatmap import heatmap
 from classlens.analysis.neurons.commands_localise import localise
 from classlens.analysis.neurons.commands_pages import pages
+from classlens.analysis.neurons.commands_words import words
 
 
 @click.group()
@@ -18,5 +19,12 @@ def neurons() -> None:
     """
 
 
-for command in (top, shared, heatmap, localise, pages):
+for command in (
+    top,
+    shared,
+    heatmap,
+    localise,
+    words,
+    pages,
+):
     neurons.add_command(command)

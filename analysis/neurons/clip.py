@@ -97,8 +97,8 @@ def masked_picture(pixels: np.ndarray, mask: np.ndarray, geometry: Geometry) -> 
     Returns:
         uint8 [H', W', 3].
     """
-    size = geometry.input_size
-    picture = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+    size = (height, width) = geometry.input_size
+    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     rows, columns = (
         (2 * np.arange(pixel_count) + 1) * patches // (2 * pixel_count)
         for pixel_count, patches in zip(size, mask.shape, strict=True)
@@ -172,14 +172,15 @@ def best_texts(embeddings_ND: np.ndarray, texts_CD: np.ndarray) -> tuple[np.ndar
     Args:
         embeddings_ND: of `exemplar_embeddings`, of all neurons that the mean is to be over.
     """
-    known_N = ~np.isnan(embeddings_ND).any(axis=1)
-    best_N, scores_N = np.full(len(known_N), ABSENT), np.full(len(known_N), np.nan)
-    if not known_N.any():
+    best_N, scores_N = np.full(len(embeddings_ND), ABSENT), np.full(len(embeddings_ND), np.nan)
+    [known] = np.nonzero(~np.isnan(embeddings_ND).any(axis=1))
+    if not len(known):
         return best_N, scores_N
     unit_CD = texts_CD / np.linalg.norm(texts_CD, axis=1, keepdims=True)
-    centred_ND = embeddings_ND - embeddings_ND[known_N].mean(axis=0)
-    for part in np.array_split(np.nonzero(known_N)[0], -(-known_N.sum() // NEURONS_AT_A_TIME)):
-        scores = centred_ND[part] @ unit_CD.T
+    mean_D = embeddings_ND[known].mean(axis=0)
+    for start in range(0, len(known), NEURONS_AT_A_TIME):
+        part = known[start : start + NEURONS_AT_A_TIME]
+        scores = (embeddings_ND[part] - mean_D) @ unit_CD.T
         best_N[part] = scores.argmax(axis=1)
         scores_N[part] = scores.max(axis=1)
     return best_N, scores_N

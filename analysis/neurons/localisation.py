@@ -23,6 +23,7 @@ import polars as pl
 
 from classlens.analysis import statistics
 from classlens.analysis.neurons.heatmap import above_percentile
+from classlens.analysis.neurons.subject import neuron_count
 from classlens.extractor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def overlaps(
     from classlens.extractor.pictures import read_pictures
 
     wanted, done, n_without = sorted(set(images)), 0, 0
-    width = scorer.model.blocks[0].mlp.fc2.in_features  # pyright: ignore
+    width = neuron_count(prepared.subject)
     found = []
     for pictures in read_pictures(prepared, BATCH, wanted):
         if pictures.mask_fraction is None:

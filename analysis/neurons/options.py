@@ -51,12 +51,14 @@ def parse_neuron(text: str, subject: Subject) -> tuple[int, int]:
     Raises:
         UsageError: it is not of this form, or the model has no such neuron.
     """
+    from classlens.analysis.neurons.subject import neuron_count
+
     block, _, j = text.partition(":")
     if not (block.isdecimal() and j.isdecimal()):
         raise UsageError(f"--neuron takes BLOCK:J, two whole numbers, got {text!r}.")
     if int(block) >= subject.blocks:
         raise UsageError(f"There is no block {block}; give 0 to {subject.blocks - 1}.")
-    neurons = subject.model.blocks[int(block)].mlp.fc2.in_features  # pyright: ignore
-    if int(j) >= neurons:
-        raise UsageError(f"There is no neuron {j} in block {block}; give 0 to {neurons - 1}.")
+    if int(j) >= neuron_count(subject):
+        last = neuron_count(subject) - 1
+        raise UsageError(f"There is no neuron {j} in block {block}; give 0 to {last}.")
     return int(block), int(j)

@@ -67,6 +67,15 @@ def subject_of_store(store: Path) -> Subject:
     return replace(subject, class_names=tuple(names))
 
 
+def neuron_count(subject: Subject) -> int:
+    """Number F of neurons of a block."""
+    from torch import nn
+
+    layer = subject.model.blocks[0].get_submodule("mlp.fc2")
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
+
+
 def find_class(names: tuple[str, ...], text: str) -> int:
     """The class of an index, a name, or one of a name's comma-separated parts; case is ignored.
 

@@ -37,7 +37,8 @@ def promoted_words(subject: Subject, block: int, top: int = TOP) -> pl.DataFrame
     """The classes that each value vector of a block promotes most.
 
     Columns: block, neuron, promoted (list of the ``top`` classes, the largest alignment first, ties
-    to the lower class), alignments (list), promoted_class (the first), promoted_word (its name).
+    to the lower class), alignments and promoted_words (lists of them), promoted_class (the first),
+    promoted_word (its name).
 
     Raises:
         UsageError: there is no such block.
@@ -50,6 +51,7 @@ def promoted_words(subject: Subject, block: int, top: int = TOP) -> pl.DataFrame
         "neuron": range(neurons),
         "promoted": promoted.tolist(),
         "alignments": np.take_along_axis(products_FC, promoted, axis=1).tolist(),
+        "promoted_words": [[subject.class_names[c] for c in of_neuron] for of_neuron in promoted],
         "promoted_class": promoted[:, 0],
         "promoted_word": [subject.class_names[c] for c in promoted[:, 0]],
     }
@@ -179,7 +181,8 @@ def agreement(words: pl.DataFrame) -> pl.DataFrame:
 def _agreement(both_N2: np.ndarray) -> tuple[float, float, float, float]:
     """Agreement, its interval and its chance level."""
     if not len(both_N2):
-        return (float("nan"),) * 4
+        nan = float("nan")
+        return nan, nan, nan, nan
     first_N, second_N = both_N2.T
     agreeing = int((first_N == second_N).sum())
     interval = stats.binomtest(agreeing, len(both_N2)).proportion_ci(method="wilson")
