@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from classlens.analysis.neurons.commands_alignment import shared, top
+from classlens.analysis.neurons.commands_dissect import dissect
+from classlens.analysis.neurons.commands_exemplars import class_distances, exemplars
 from classlens.analysis.neurons.commands_heatmap import heatmap
 from classlens.analysis.neurons.commands_localise import localise
 from classlens.analysis.neurons.commands_pages import pages
@@ -23,6 +25,9 @@ for command in (
     top,
     shared,
     heatmap,
+    exemplars,
+    class_distances,
+    dissect,
     localise,
     words,
     pages,

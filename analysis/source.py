@@ -34,6 +34,8 @@ READ_AHEAD = 2
 def scan_scores(store: Path, images: Sequence[int] | np.ndarray | pl.Series | None) -> pl.LazyFrame:
     """See :func:`classlens.analysis.scan.scan`."""
     layout = schema.read_layout(store)
+    if not layout.streams:
+        raise UsageError(f"{store} holds no scores; give a store that `classlens extract` wrote.")
     source = ScoreSource(store, layout, None if images is None else checked_images(images, layout))
     return register_io_source(source.frames, schema=score_schema(layout), is_pure=True)
 

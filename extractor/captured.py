@@ -23,6 +23,8 @@ class CapturedScorer:
         input_size: (H, W) of the pixels.
     """
 
+    accumulator = None  # its results have no fixed shape
+
     def __init__(self, scorer: Scorer, batch_size: int, input_size: tuple[int, int]) -> None:
         device = scorer.device
         shape = (batch_size, *input_size, 3)

@@ -220,7 +220,7 @@ def info(store: Path, as_json: bool) -> None:
         "convention": config["convention"],
         "intervened": intervention_text(config),
         "blocks": layout.blocks,
-        "streams": ", ".join(layout.streams),
+        "streams": ", ".join(layout.streams) or "none",
         "tokens": ", ".join((*layout.prefix_kinds, f"{_shape(layout.grid)} patches")),
         "classes": _classes(layout.classes, attributes.get("class_file")),
         "masks": "yes" if layout.masks else "no",
@@ -332,7 +332,8 @@ def _print_plan(prepared: Prepared, out: Path, as_json: bool) -> None:
         "images": plan.manifest.height,
         "with_masks": prepared.layout.masks,
         "shard_bytes": sum(unit.stop - unit.start for unit in plan.units),
-        "store_bytes_before_compression": plan.manifest.height * prepared.raw_bytes_per_image,
+        "store_bytes_before_compression": plan.manifest.height * prepared.raw_bytes_per_image
+        + len(plan.units) * prepared.raw_bytes_per_unit,
     }
     if as_json:
         click.echo(json.dumps(facts))
@@ -340,9 +341,11 @@ def _print_plan(prepared: Prepared, out: Path, as_json: bool) -> None:
     click.echo(f"{facts['units']:,} units, {facts['images']:,} images", nl=False)
     click.echo(" with masks" if facts["with_masks"] else " without masks")
     click.echo(f"{facts['shard_bytes'] / 1e6:,.1f} MB of images to read")
+    of_unit = f", {prepared.raw_bytes_per_unit / 1e6:,.1f} MB a unit"
     click.echo(
         f"{facts['store_bytes_before_compression'] / 1e6:,.1f} MB of scores before compression "
-        f"({prepared.raw_bytes_per_image / 1e3:,.1f} kB an image); the store is smaller"
+        f"({prepared.raw_bytes_per_image / 1e3:,.1f} kB an image"
+        f"{of_unit if prepared.raw_bytes_per_unit else ''}); the store is smaller"
     )
 
 

@@ -81,6 +81,11 @@ class ExtractConfig:
             raise UsageError(f"--decode-threads is {self.decode_threads}; give 1 or more.")
         if self.cuda_graph and (self.on_cpu or self.certify):
             raise UsageError("--cuda-graph is for a GPU and ranks that are not certified.")
+        if self.cuda_graph and "neurons" in self.reduce:
+            raise UsageError(
+                "--cuda-graph is for results of fixed shape, which --reduce neurons has not; leave "
+                "one of them out."
+            )
         self._check_intervention()
 
     def _check_intervention(self) -> None:

@@ -14,6 +14,7 @@ from classlens.extractor.errors import ModelError
 from classlens.extractor.interventions import make_intervention
 from classlens.extractor.reducers.attribution import AttributionReducer
 from classlens.extractor.reducers.memories import MemoriesReducer
+from classlens.extractor.reducers.neurons import NeuronsAccumulator
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Scorer
@@ -90,6 +91,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         reducers.append(memories_reducer(prepared, space, impl))
     if "attribution" in config.reduce:
         reducers.append(attribution_reducer(prepared))
+    neurons = NeuronsAccumulator(len(subject.prefix_kinds))
     return Scorer(
         subject,
         reducers,
@@ -98,6 +100,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         convention=config.convention,
         compile=compile,
         intervention=make_intervention(config, subject),
+        accumulator=neurons if "neurons" in config.reduce else None,
     )
 
 
@@ -160,7 +163,7 @@ def _largest_batch(scorer: Scorer, prepared: Prepared) -> int:
         zeros = torch.zeros(count, dtype=torch.int64, device=scorer.device)
         kept = torch.ones((count, patches), dtype=torch.bool, device=scorer.device)
         removes = prepared.config.removes_tokens
-        scorer.score(pixels, Targets(zeros, zeros, kept if removes else None))
+        scorer.score(pixels, Targets(zeros, zeros, kept if removes else None, keys=zeros))
         torch.cuda.synchronize(scorer.device)
 
     return largest_batch(score, LARGEST_GPU_BATCH)

@@ -36,7 +36,7 @@ class Batch:
     staged: the unit's arrays; None, and no images, where the unit is committed already or another
     process has it. first_image: the unit's first place on the image axis. pixels: uint8
     [N, H, W, 3]; undefined for images whose status is not OK. decoding: one for each image.
-    ends_unit: whether the unit's last image is in it.
+    ends_unit: whether the unit's last image is in it. keys: of the images.
     """
 
     unit: Unit
@@ -45,6 +45,7 @@ class Batch:
     pixels: Tensor
     decoding: Sequence[Future[Decoded]]
     ends_unit: bool
+    keys: Sequence[str] = ()
 
     @property
     def images(self) -> list[Decoded]:
@@ -165,7 +166,8 @@ class Pipeline:
                 for place, image in enumerate(part)
             ]
             ends = start + len(part) == unit.images
-            self._read.put(Batch(unit, staged, first_image, pixels, decoding, ends))
+            keys = [image.row["key"] for image in part]
+            self._read.put(Batch(unit, staged, first_image, pixels, decoding, ends, keys))
 
     def _decode(self, image: Planned, pixels: Tensor) -> Decoded:
         with self._times.busy("decode"):

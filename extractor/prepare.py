@@ -29,8 +29,8 @@ from classlens.extractor.schema import (
     read_attributes,
 )
 from classlens.extractor.shards import Decoder
-from classlens.extractor.store import Tables, check_fingerprint
-from classlens.extractor.value_vectors import require_value_vectors
+from classlens.extractor.store import Tables, check_fingerprint, unit_classes
+from classlens.extractor.value_vectors import require_key_neurons, require_value_vectors
 
 IMAGES_COMPARED = 8  # with PIL, before the run
 
@@ -67,6 +67,16 @@ class Prepared:
         return sum(
             int(np.prod(spec.shape(self.layout)[1:])) * np.dtype(spec.dtype).itemsize
             for spec in all_arrays(self.layout)
+            if spec.axes[0] == "image"
+        )
+
+    @property
+    def raw_bytes_per_unit(self) -> int:
+        """Bytes that what is added up over a unit's images takes before compression."""
+        return sum(
+            int(np.prod(spec.shape(self.layout)[1:])) * np.dtype(spec.dtype).itemsize
+            for spec in all_arrays(self.layout)
+            if spec.axes[0] == "unit"
         )
 
 
@@ -84,6 +94,8 @@ def prepare(
     subject = load_subject(config)
     if "memories" in config.reduce:
         require_value_vectors(subject, config.model)
+    neurons = "neurons" in config.reduce
+    mlp_width = require_key_neurons(subject, config.model, "neurons") if neurons else 0
     make_intervention(config, subject)
     if "attribution" in config.reduce:
         require_attribution(subject, config.model)
@@ -102,6 +114,8 @@ def prepare(
         reducers=config.reduce,
         tokens_removed=config.removes_tokens,
         per_head=config.per_head,
+        mlp_width=mlp_width,
+        slots=most_classes(plan, subject.space.num_classes) if neurons else 0,
     )
     if config.topk > layout.classes:
         raise UsageError(f"--topk is {config.topk}, the model has {layout.classes} classes.")
@@ -130,6 +144,12 @@ def prepare_again(store: str | Path, *, device: str | None = None) -> Prepared:
     prepared = prepare(replace(config, device=device or config.device), shards)
     check_fingerprint(Path(store), attributes_then, attributes(prepared))
     return prepared
+
+
+def most_classes(plan: Plan, classes: int) -> int:
+    """The most classes that the images of a unit have, at least one."""
+    units = plan.manifest.partition_by("unit")
+    return max(1, *(len(unit_classes(rows, classes)) for rows in units))
 
 
 def tables(prepared: Prepared) -> Tables:

@@ -10,14 +10,14 @@ from torch import Tensor
 from classlens.extractor.blocks import block_sites, walk
 from classlens.extractor.interventions import Intervention
 from classlens.extractor.models import Subject, predict
-from classlens.extractor.reducers.protocol import Reducer, Targets
+from classlens.extractor.reducers.protocol import FOUND_PREFIX, Accumulator, Reducer, Targets
 from classlens.kernels.reductions import compiled
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Scorer:
-    """A model and its reducers on one device, in one dtype.
+    """A model, its reducers and perhaps an accumulator, on one device, in one dtype.
 
     Moves and casts ``subject.model`` in place. ``compile`` has torch.compile fuse what stands
     between the matrix products of a block. ``intervention`` takes the place of the model's own
@@ -34,10 +34,13 @@ class Scorer:
         convention: str,
         compile: bool = False,
         intervention: Intervention | None = None,
+        accumulator: Accumulator | None = None,
     ) -> None:
         self.model = subject.model.to(device=device, dtype=dtype)
         self.reducers = tuple(reducers)
-        self.sites = frozenset[str]().union(*(reducer.sites for reducer in reducers))
+        self.accumulator = accumulator
+        takers = (*reducers, accumulator) if accumulator else reducers
+        self.sites = frozenset[str]().union(*(taker.sites for taker in takers))
         self.convention = convention
         self.intervention = intervention
         self._block_sites = compiled(block_sites) if compile else block_sites
@@ -67,12 +70,14 @@ class Scorer:
         Returns:
             by array path, on the device, where they may still be under way: every reducer's arrays
             [N, L, …], and ``images/prediction`` int64 [N], the top class of `predict`. Values of
-            tokens that are not among ``targets.kept`` mean nothing.
+            tokens that are not among ``targets.kept`` mean nothing. What an accumulator found in
+            each block is named as `split_results` expects it.
         """
         targets = targets.to(self.device)
         per_block: dict[str, list[Tensor]] = {}
         reducers = [reducer.for_batch(targets) for reducer in self.reducers]
-        x = None
+        accumulate = self.accumulator and self.accumulator.for_batch(targets)
+        x, result = None, dict[str, Tensor]()
         images = self.images(pixels)
         attends = self.intervention and self.intervention.attends(targets.kept)
         blocks = walk(self.model, images, self.convention, self.sites, self._block_sites, attends)
@@ -83,8 +88,11 @@ class Scorer:
                 found |= reduce(block, sites | found)
             for path, value in found.items():
                 per_block.setdefault(path, []).append(value)
+            if accumulate:
+                for name, value in accumulate(block, sites).items():
+                    result[f"{FOUND_PREFIX}{name}/{block}"] = value
         assert x is not None
-        result = {path: torch.stack(values, dim=1) for path, values in per_block.items()}
+        result |= {path: torch.stack(values, dim=1) for path, values in per_block.items()}
         logits = predict(self.model, x, targets.kept, self.embeddings).float()
         result["images/prediction"] = logits.argmax(dim=-1)
         return result

@@ -181,16 +181,34 @@ def check_fingerprint(path: Path, then: Mapping[str, Any], now: Mapping[str, Any
 
 
 class StagedUnit:
-    """The arrays of one unit in memory, filled image by image."""
+    """The arrays of one unit in memory, filled image by image.
+
+    first_image: its first place on the image axis. classes: the valid labels of its planned images,
+    each once, ascending; ``slot`` counts them.
+    """
 
     def __init__(self, store: Store, unit: int, staging: Path) -> None:
         self._store, self.unit, self._staging = store, unit, staging
+        self.first_image = unit * store.layout.unit_images
+        self.classes = unit_classes(store.unit_rows(unit), store.layout.classes)
         self._started_s = time.perf_counter()
         self._saturated = 0
         self._specs = {spec.path: spec for spec in store.arrays}
         self._arrays = {
             spec.path: np.full(spec.shard(store.layout), spec.fill, dtype=spec.dtype)
             for spec in store.arrays
+        }
+        for path, values in self.arrays.items():
+            if path.endswith("/classes"):
+                values[: len(self.classes)] = self.classes
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that add up the images of the unit, by path, without the axis ``unit``."""
+        return {
+            path: self._arrays[path][0]
+            for path, spec in self._specs.items()
+            if spec.axes[0] == "unit"
         }
 
     def put(self, path: str, positions: np.ndarray, values: np.ndarray) -> None:
@@ -240,6 +258,12 @@ class StagedUnit:
         """Number of images by status name, padding left out."""
         counts = Counter(self._arrays["images/status"].tolist())
         return {Status(v).name.lower(): n for v, n in sorted(counts.items()) if v != Status.ABSENT}
+
+
+def unit_classes(rows: pl.DataFrame, classes: int) -> np.ndarray:
+    """The labels in [0, classes) of a unit's part of the manifest, each once, ascending."""
+    labels = rows["label"].drop_nulls().unique().sort().to_numpy()
+    return labels[(labels >= 0) & (labels < classes)]
 
 
 def status_totals(path: Path) -> Counter[str]:
@@ -341,7 +365,7 @@ def _read_lines(file: Path) -> list[str]:
 def _create_array(
     root: zarr.Group, spec: ArraySpec, layout: Layout, shape: tuple[int, ...]
 ) -> zarr.Array:
-    shuffle = "shuffle" if spec.dtype == "float16" else "bitshuffle"
+    shuffle = "shuffle" if spec.dtype.startswith("float") else "bitshuffle"
     return root.create_array(
         spec.path,
         shape=shape,

@@ -28,20 +28,43 @@ KEPT = 5
 """How many value vectors of a token, value vectors of a class, classes of a value vector count."""
 
 
-def require_value_vectors(subject: Subject, name: str) -> None:
-    """Refuses a model without key-value memories in every block.
+def require_key_neurons(subject: Subject, name: str, reducer: str) -> int:
+    """Refuses a model without key-value memories in the MLP of every block.
+
+    Args:
+        reducer: of ``extract --reduce``, to be named in the message.
+
+    Returns:
+        their number F in a block.
 
     Raises:
-        ModelError: an MLP is not fc1, activation, fc2; or there is no second class.
+        ModelError: an MLP is not fc1, activation, fc2; or they are not equally wide.
     """
+    widths = set()
     for index, block in enumerate(subject.model.blocks):
         mlp = block.mlp
         if not isinstance(mlp, Mlp) or not isinstance(mlp.fc2, nn.Linear):
             raise ModelError(
                 f"Block {index} of {name} has a {type(mlp).__name__}, whose key coefficients are "
                 "not the output of one linear layer, so it has no key-value memories; choose a "
-                "model whose MLPs are plain (timm's Mlp), or extract without --reduce memories."
+                f"model whose MLPs are plain (timm's Mlp), or extract without --reduce {reducer}."
             )
+        widths.add(mlp.fc2.in_features)
+    if len(widths) > 1:
+        raise ModelError(
+            f"The MLPs of {name} have {', '.join(map(str, sorted(widths)))} neurons; choose a "
+            f"model whose blocks are alike, or extract without --reduce {reducer}."
+        )
+    return widths.pop()
+
+
+def require_value_vectors(subject: Subject, name: str) -> None:
+    """Refuses a model without key-value memories in every block, or without a second class.
+
+    Raises:
+        ModelError: as of `require_key_neurons`; or there is a single class.
+    """
+    require_key_neurons(subject, name, "memories")
     if subject.space.num_classes < 2:
         raise ModelError(
             f"{name} has a single class, so there is no other to compare it with; choose a model "

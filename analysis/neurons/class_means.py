@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from classlens.analysis.neurons.accumulated import Accumulated
 from classlens.analysis.neurons.exemplars import Progress, checked_block
-from classlens.extractor.schema import MEAN_UNIT
+from classlens.extractor.errors import ConfigMismatchError, UsageError
+from classlens.extractor.schema import CLASSES_FILE, MEAN_UNIT, read_attributes
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,60 @@ def class_distances(means: ClassMeans, top_LKN: np.ndarray | None = None) -> np.
         for a in range(K):
             distances[block, a] = _at_top_neurons(means_KF, top_LKN[block], a)
     return distances
+
+
+def top_key_neurons(store: str | Path, top: int) -> np.ndarray:
+    """The neurons whose value vectors write each class most, int32 [L, C, top], top at most 5.
+
+    Those of the largest E_c·v_j in each block; see `classlens.extractor.value_vectors`. Torch is
+    imported here.
+
+    Raises:
+        StoreError: there is no store. ModelError: its model cannot be loaded.
+        ConfigMismatchError: the weights are no longer those of the store.
+    """
+    from classlens.extractor.config import ExtractConfig
+    from classlens.extractor.models import load_subject
+    from classlens.extractor.value_vectors import value_tables, value_vectors
+
+    attributes = read_attributes(store)
+    subject = load_subject(ExtractConfig.from_json(attributes["config"]))
+    if subject.weights_sha256 != attributes["fingerprint"]["weights_sha256"]:
+        raise ConfigMismatchError(
+            f"The weights are no longer those that {store} was extracted with; restore them."
+        )
+    embedding_CD, blocks = subject.embedding(), range(subject.blocks)
+    vectors = (value_vectors(subject.model, block, "mlp") for block in blocks)
+    tables = [value_tables(embedding_CD, vectors_DF, "cpu") for vectors_DF in vectors]
+    return np.stack([table.values[:, :top].numpy() for table in tables])
+
+
+def distance_table(store: str | Path, means: ClassMeans, distances_LKK: np.ndarray) -> pl.DataFrame:
+    """One row a block: how far classes are apart, and which two are nearest.
+
+    Columns: block Int16, mean (over pairs of different classes), running_mean (of that, over the
+    blocks so far), smallest, class_a, name_a, class_b, name_b.
+
+    Raises:
+        UsageError: there is one class alone.
+    """
+    if len(means.classes) < 2:
+        raise UsageError(f"The images of {store} are of one class, so there are no distances.")
+    names = dict(pl.read_parquet(Path(store) / CLASSES_FILE).iter_rows())
+    a_P, b_P = np.triu_indices(len(means.classes), k=1)
+    pairs_LP = distances_LKK[:, a_P, b_P]
+    nearest_L = pairs_LP.argmin(axis=1)
+    frame = {
+        "block": np.arange(len(pairs_LP), dtype=np.int16),
+        "mean": pairs_LP.mean(axis=1),
+        "running_mean": running_mean(pairs_LP.mean(axis=1)),
+        "smallest": pairs_LP.min(axis=1),
+    }
+    for letter, side_P in (("a", a_P), ("b", b_P)):
+        classes_L = means.classes[side_P[nearest_L]]
+        frame[f"class_{letter}"] = classes_L
+        frame[f"name_{letter}"] = [names[c] for c in classes_L]
+    return pl.DataFrame(frame)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

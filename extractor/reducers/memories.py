@@ -23,6 +23,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from classlens.extractor.reducers.drawing import drawn
 from classlens.extractor.reducers.protocol import Reduce, Targets
 from classlens.extractor.schema import (
     INVALID_FLAGS,
@@ -49,14 +50,10 @@ TOP1_PATH = "scores/top1"
 def control_classes(targets: Targets, num_classes: int) -> Tensor:
     """A class other than the label for each image, int64 [N].
 
-    Drawn by a hash of the image's place alone (the finaliser of MurmurHash3), so that it depends
-    on neither batches nor their order; all other classes are equally likely.
+    Drawn by the image's place alone, so that it depends on neither batches nor their order; all
+    other classes are equally likely.
     """
-    low = 0xFFFF_FFFF  # int64 wraps, and its lower half is the 32-bit product
-    h = (targets.images + 0x9E37_79B9) & low
-    h = ((h ^ (h >> 16)) * 0x85EB_CA6B) & low
-    h = ((h ^ (h >> 13)) * 0xC2B2_AE35) & low
-    h = h ^ (h >> 16)
+    h = drawn(targets.images)
     return (targets.labels + 1 + h % (num_classes - 1)) % num_classes
 
 

@@ -157,6 +157,8 @@ def test_reader_and_writer_stay_within_their_bounds(make_shards, tmp_path, monke
 class Labels:
     """In the place of a scorer: gives the labels back, and notes when it was called."""
 
+    accumulator = None
+
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 

@@ -1,0 +1,112 @@
+"""What is accumulated of every neuron against a brute force that keeps every activation."""
+
+import io
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from variants import config
+
+from classlens.analysis.neurons import class_means, exemplars
+from classlens.extractor.blocks import walk
+from classlens.extractor.models import load_subject
+from classlens.extractor.prepare import prepare
+from classlens.extractor.run import extract
+from classlens.extractor.scorer import Scorer
+from classlens.extractor.store import verify
+
+BATCH = 4
+
+
+def settings(**changes):
+    return config("registers", batch_size=BATCH, reduce=("neurons",), **changes)
+
+
+def activations(configured, shards) -> tuple[np.ndarray, pl.DataFrame]:
+    """key_mlp of all images at patches, float32 [N, L, G, F], in batches as the run's; manifest."""
+    prepared = prepare(configured, shards)
+    subject = load_subject(configured)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[configured.dtype]
+    scorer = Scorer(subject, [], dtype=dtype, device="cpu", convention="corrected")
+    found = []
+    for unit in prepared.plan.units:
+        rows = prepared.plan.manifest.filter(pl.col("unit") == unit.index)
+        for part in rows.iter_slices(BATCH):
+            pixels = []
+            with unit.path.open("rb") as file:
+                for row in part.iter_rows(named=True):
+                    file.seek(row["offset"])
+                    image = Image.open(io.BytesIO(file.read(row["size"]))).convert("RGB")
+                    pixels.append(np.asarray(subject.geometry.crop(image)))
+            with torch.inference_mode():
+                images = scorer.images(torch.from_numpy(np.stack(pixels)))
+                blocks = walk(scorer.model, images, "corrected", frozenset({"key_mlp"}))
+                keys = [sites["key_mlp"][:, len(subject.prefix_kinds) :] for _, sites in blocks]
+            found.append(torch.stack(keys, dim=1).float().numpy())
+    return np.concatenate(found), prepared.plan.manifest
+
+
+def slow_code(value: float) -> int:
+    """The definition, with logarithms in place of bits."""
+    shifted = np.float64(np.abs(np.float32(value)) + np.float32(0.125)) * 8
+    octave = int(np.floor(np.log2(shifted)))
+    m = min(127, 16 * octave + int(np.floor((shifted / 2.0**octave - 1) * 16)))
+    return 127 - m if value < 0 else 128 + m
+
+
+def slow_exemplars(peaks, images) -> list[tuple[float, int]]:
+    return sorted(zip(peaks, images, strict=True), key=lambda pair: (-pair[0], pair[1]))[:15]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_everything_equals_brute_force(make_shards, tmp_path, dtype):
+    shards = [str(s) for s in make_shards((13, 9))]
+    out = tmp_path / "store"
+    assert extract(prepare(settings(dtype=dtype), shards), out).status == {"ok": 22}
+    x_NLGF, manifest = activations(settings(dtype=dtype), shards)
+    N, L, G, F = x_NLGF.shape
+    images, labels = manifest["image"].to_numpy(), manifest["label"].to_numpy()
+    codes = np.vectorize(slow_code, otypes=[np.uint8])(x_NLGF)
+    assert len(np.unique(codes)) > 30
+
+    table = exemplars.exemplars(out)
+    assert table.height == L * F * 15
+    assert table["key"].to_list() == [
+        dict(zip(images, manifest["key"], strict=True))[i] for i in table["image"]
+    ]
+    place_of = {image: n for n, image in enumerate(images)}
+    for block in range(L):
+        values, found, kept = exemplars.exemplar_codes(out, block)
+        of_block = table.filter(pl.col("block") == block)
+        assert (of_block["value"].to_numpy() == values.ravel()).all()
+        assert (of_block["image"].to_numpy() == found.ravel()).all()
+        counts = exemplars.histogram(out, block)
+        for f in range(F):
+            expected = slow_exemplars(x_NLGF[:, block, :, f].max(axis=1), images)
+            assert list(zip(values[f], found[f], strict=True)) == expected
+            for x, (_, image) in enumerate(expected):
+                assert (kept[f, x] == codes[place_of[image], block, :, f]).all()
+            assert (counts[f] == np.bincount(codes[:, block, :, f].ravel(), minlength=256)).all()
+
+    for quantile in (0.01, 0.5, 0.99, 0.995):
+        threshold_codes, values = exemplars.thresholds(out, quantile)
+        rank = int(np.ceil(quantile * N * G - 1e-9))
+        exact = np.sort(x_NLGF.transpose(1, 3, 0, 2).reshape(L, F, -1))[..., rank - 1]
+        assert (threshold_codes == np.vectorize(slow_code)(exact)).all()
+        assert (exact < values).all()
+        assert (values - exact <= (np.abs(exact) + 0.125) / 16 * (1 + 1e-6)).all()
+        above = x_NLGF.transpose(1, 3, 0, 2) >= values[:, :, None, None]
+        assert (above == (codes.transpose(1, 3, 0, 2) > threshold_codes[:, :, None, None])).all()
+        assert (above.sum(axis=(2, 3)) <= (1 - quantile) * N * G + 1e-9).all()
+
+    means = class_means.class_means(out)
+    assert means.classes.tolist() == sorted(set(labels.tolist()))
+    # The order of summation may differ from torch's; each of G terms rounds once.
+    exact = x_NLGF.astype(np.float64).mean(axis=2)
+    error = 2.0**-17 + (G + 1) * 2.0**-24 * np.abs(x_NLGF).mean(axis=2).max()
+    for k, label in enumerate(means.classes):
+        assert means.counts[k] == (labels == label).sum()
+        assert np.abs(means.means[k] - exact[labels == label].mean(axis=0)).max() <= error
+    assert verify(out) == []
