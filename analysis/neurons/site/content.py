@@ -108,19 +108,20 @@ class Content:
     """Everything the site shows; the pages are made one block at a time.
 
     title: the model's name. facts: name and value of how the numbers came about. quantile: whose
-    threshold the masks of exemplars have; iou_quantile: the same in dissection. grid: patch rows
-    and columns. aspect: height over width of what the patches cover. neurons: of each block those
-    with a page, ascending. missing: for each of ``PARTS`` that was not computed, a sentence that
-    says which command adds it; commands stand between backticks. pages: the pages of a block, in
-    the order of ``neurons``. pictures: in the order in which the sheets have them. pixels: uint8
-    [height, width, 3] of each picture, in order. top_blocks: of ``alignment.block_distribution``.
-    localisation: by its question, ``within_images`` or ``over_data``; empty where it was not given.
+    threshold the masks of exemplars have. iou_quantile: the same in dissection, None without. grid:
+    patch rows and columns. aspect: height over width of what the patches cover. neurons: of each
+    block those with a page, ascending. missing: for each of ``PARTS`` that was not computed, a
+    sentence that says which command adds it; commands stand between backticks. pages: the pages of
+    a block, in the order of ``neurons``. pictures: in the order in which the sheets have them.
+    pixels: uint8 [height, width, 3] of each picture, in order. top_blocks: of
+    ``alignment.block_distribution``. localisation: by its question, ``within_images`` or
+    ``over_data_set``; empty where it was not given.
     """
 
     title: str
     facts: Mapping[str, str]
     quantile: float
-    iou_quantile: float
+    iou_quantile: float | None
     grid: tuple[int, int]
     aspect: float
     neurons: Mapping[int, Sequence[int]]

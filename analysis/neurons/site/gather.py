@@ -14,7 +14,7 @@ import polars as pl
 
 from classlens.analysis.neurons.alignment import block_distribution, largest, top_neurons
 from classlens.analysis.neurons.class_means import block_class_means
-from classlens.analysis.neurons.dissection import DISSECTION_QUANTILE, areas
+from classlens.analysis.neurons.dissection import areas
 from classlens.analysis.neurons.exemplars import (
     EXEMPLAR_QUANTILE,
     exemplar_codes,
@@ -34,10 +34,10 @@ from classlens.analysis.neurons.site.content import (
 from classlens.analysis.neurons.site.sources import (
     MISSING,
     Sources,
+    dissection_quantile,
     read_clip_words,
     read_localisation,
     read_synthesised,
-    require_same_model,
 )
 from classlens.analysis.neurons.subject import subject_of_store
 from classlens.analysis.neurons.words import exemplar_words, join_words, promoted_words
@@ -98,8 +98,11 @@ class _Gathered:
         self.synthesised = (
             None if sources.synthesis is None else read_synthesised(sources.synthesis)
         )
-        if sources.dissection is not None:
-            require_same_model(sources.store, sources.dissection)
+        self.iou_quantile = (
+            None
+            if sources.dissection is None
+            else dissection_quantile(sources.store, sources.dissection)
+        )
 
     def content(self) -> Content:
         given = {
@@ -116,7 +119,7 @@ class _Gathered:
             title=self.attributes["config"]["model"],
             facts=store_facts(self.sources.store, self.attributes, self.layout),
             quantile=EXEMPLAR_QUANTILE,
-            iou_quantile=DISSECTION_QUANTILE,
+            iou_quantile=self.iou_quantile,
             grid=self.layout.grid,
             aspect=(height // rows * rows) / (width // columns * columns),
             neurons=self.neurons,
@@ -193,7 +196,7 @@ class _Gathered:
         for block, neurons in self.neurons.items():
             of_block = exemplars(self.sources.store, block)
             found[of_block.filter(pl.col("neuron").is_in(neurons))["image"].to_numpy()] = True
-        return self.images.filter(pl.lit(found)[pl.col("image")]).sort("label", "image")
+        return self.images.filter(found[self.images["image"].to_numpy()]).sort("label", "image")
 
     def _top(self, classes_K: np.ndarray, values_KF: np.ndarray) -> list[list[Scored]]:
         """The classes of the largest values of each neuron."""

@@ -29,7 +29,7 @@ LOCALISATION = {
         "class",
         "random neuron of the block",
     ),
-    "over_data": (
+    "over_data_set": (
         "Do top key neurons lie where their class is, over the data set?",
         "Where a neuron is above one threshold for all images (dissection), against the masks of "
         "its class",

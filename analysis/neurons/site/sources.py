@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from classlens.analysis.neurons.accumulated import Accumulated
 from classlens.analysis.neurons.localisation import Localisation
 from classlens.analysis.neurons.site.content import Synthesised
 from classlens.extractor.errors import ConfigMismatchError, StoreError, UsageError
@@ -22,14 +23,14 @@ MISSING = {
     "`classlens extract … --reduce neurons`.",
     "iou": "There is no dissection: run `classlens neurons dissect STORE --out DISSECTION` on a "
     "store whose images have masks, and write the site with `--dissection DISSECTION`.",
-    "clip": "There is no word by CLIP: run `classlens neurons words STORE --out WORDS` with an "
-    "image tower and texts, and write the site with `--words WORDS`.",
+    "clip": "There is no word by CLIP: run `classlens neurons words STORE --clip-model TOWER "
+    "--clip-classes TEXTS --out WORDS`, and write the site with `--words WORDS`.",
     "synthesised": "There are no synthesised images: run `classlens neurons synthesize STORE --out "
     "IMAGES`, and write the site with `--synthesis IMAGES`.",
 }
 """What to say of a part that no source has."""
 CLIP_COLUMNS = ("block", "neuron", "clip_word", "clip_class", "clip_score")
-QUESTIONS = ("within_images", "over_data")
+QUESTIONS = ("within_images", "over_data_set")
 """Of ``neurons localise``; see `classlens.analysis.neurons.localisation`."""
 
 
@@ -45,32 +46,39 @@ class Sources:
     localisation: Path | None = None
 
 
-def require_same_model(store: Path, other: Path) -> None:
-    """Checks that two stores are of the same weights.
+def dissection_quantile(store: Path, dissection: Path) -> float:
+    """The quantile of the activations above which neurons were dissected.
 
     Raises:
-        StoreError: one is no store. ConfigMismatchError: they are not.
+        StoreError: one is no store. UsageError: the dissection is none. ConfigMismatchError: it is
+        of other weights than the store.
     """
-    weights = [read_attributes(s)["fingerprint"]["weights_sha256"] for s in (store, other)]
-    if weights[0] != weights[1]:
+    Accumulated.open(dissection, "dissection")
+    theirs, ours = read_attributes(dissection), read_attributes(store)
+    if theirs["fingerprint"]["weights_sha256"] != ours["fingerprint"]["weights_sha256"]:
         raise ConfigMismatchError(
-            f"{other} is of other weights than {store}; make it of this store's model."
+            f"{dissection} is of other weights than {store}; dissect this store."
         )
+    return theirs["dissection"]["quantile"]
 
 
-def read_clip_words(file: Path) -> pl.DataFrame:
-    """Columns block, neuron, clip_word, clip_class, clip_score.
+def read_clip_words(file: Path) -> pl.DataFrame | None:
+    """The words by CLIP in a file of ``neurons words``, or None if no tower was given to it.
+
+    Columns block, neuron, clip_word, clip_class, clip_score.
 
     Raises:
-        UsageError: the file has none.
+        UsageError: it is no such file.
     """
     try:
-        return pl.read_parquet(file, columns=list(CLIP_COLUMNS))
+        frame = pl.read_parquet(file)
+        frame.select("block", "neuron", "promoted_word")
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(
-            f"--words {file} has no words by CLIP ({type(error).__name__}); give a file that "
-            "`classlens neurons words --out` wrote with an image tower."
+            f"--words {file} holds no words of neurons ({type(error).__name__}); give a file that "
+            "`classlens neurons words --out` wrote."
         ) from error
+    return frame.select(CLIP_COLUMNS) if "clip_word" in frame.columns else None
 
 
 def read_synthesised(folder: Path) -> dict[tuple[int, int], tuple[Synthesised, ...]]:
