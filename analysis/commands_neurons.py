@@ -11,6 +11,7 @@ from classlens.analysis.neurons.commands_heatmap import heatmap
 from classlens.analysis.neurons.commands_localise import localise
 from classlens.analysis.neurons.commands_pages import pages
 from classlens.analysis.neurons.commands_words import words
+from classlens.analysis.neurons.synthesis.commands_synthesize import synthesize
 
 
 @click.group()
@@ -30,6 +31,7 @@ for command in (
     dissect,
     localise,
     words,
+    synthesize,
     pages,
 ):
     neurons.add_command(command)

@@ -117,7 +117,7 @@ class _Gathered:
         localisation = self.sources.localisation
         return Content(
             title=self.attributes["config"]["model"],
-            facts=store_facts(self.sources.store, self.attributes, self.layout),
+            facts=self._facts(),
             quantile=EXEMPLAR_QUANTILE,
             iou_quantile=self.iou_quantile,
             grid=self.layout.grid,
@@ -133,6 +133,19 @@ class _Gathered:
             top_blocks=block_distribution(top_neurons(self.subject, 1)),
             localisation={} if localisation is None else read_localisation(localisation),
         )
+
+    def _facts(self) -> dict[str, str]:
+        sources = self.sources
+        given = {
+            "Dissection": sources.dissection,
+            "Words by CLIP": sources.words if self.clip is not None else None,
+            "Synthesised images": sources.synthesis,
+            "Localisation": sources.localisation,
+        }
+        return store_facts(sources.store, self.attributes, self.layout) | {
+            "Pages": f"{sum(map(len, self.neurons.values())):,} neurons",
+            **{name: path.name for name, path in given.items() if path is not None},
+        }
 
     def pages(self, block: int) -> Iterator[NeuronPage]:
         """The pages of a block."""
@@ -213,11 +226,12 @@ def words_of(row: Mapping[str, Any]) -> tuple[Word, ...]:
     """The words of a row of ``words.join_words``, with what speaks for them."""
     words = [Word("promoted", row["promoted_word"], f"E·v = {row['alignments'][0]:.3f}")]
     if "exemplar_word" in row:
-        count = round(row["n_exemplars"] * (row["exemplar_share"] or 0))
-        chance = "" if row["exemplar_p"] is None else f", p = {row['exemplar_p']:.1g} by chance"
-        words.append(
-            Word("exemplar", row["exemplar_word"], f"{count} of {row['n_exemplars']}{chance}")
+        count, total = row["n_exemplars"] * (row["exemplar_share"] or 0), row["n_exemplars"]
+        chance = row["exemplar_p"] or 1.0
+        strength = (
+            f"{count:.0f} of {total}; chance gives as many of some label with p = {chance:.1g}"
         )
+        words.append(Word("exemplar", row["exemplar_word"], strength))
     if row.get("clip_word") is not None:
         words.append(Word("clip", row["clip_word"], f"score {row['clip_score']:.3f}"))
     return tuple(words)

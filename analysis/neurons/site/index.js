@@ -5,7 +5,7 @@ const COLUMNS = [
   { key: "promoted", title: "Writes", hint: "class that the value vector promotes most", text: true },
   { key: "product", title: "E·v", hint: "product of this class's embedding and the value vector", digits: 3 },
   { key: "label", title: "Exemplars’ label", hint: "most frequent label of the exemplars", text: true },
-  { key: "share", title: "share", hint: "share of the exemplars with this label", percent: true },
+  { key: "share", title: "Share", hint: "share of the exemplars with this label", percent: true },
   { key: "detected", title: "Best overlap", hint: "class whose segmentation masks overlap most with the activation", text: true },
   { key: "iou", title: "IoU", hint: "intersection over union with this class; bold above the detector threshold", digits: 4 },
   { key: "clip", title: "CLIP", hint: "text whose embedding is closest to the masked exemplars", text: true },

@@ -126,7 +126,8 @@ def _localisation(content: Content) -> Iterator[Figure]:
 def _lines(rows: pl.DataFrame, lines: dict[str, str]) -> Any:
     """Mean IoU over the blocks with its interval, a colour for each ``line``."""
     colors = alt.Scale(domain=list(lines.values()), range=[STREAM_COLORS["mlp"], CONTROL_COLOR])
-    color = alt.Color("line:N", title=None, scale=colors)
+    legend = alt.Legend(symbolType="stroke", symbolSize=400, symbolOpacity=1, symbolStrokeWidth=2)
+    color = alt.Color("line:N", title=None, scale=colors, legend=legend)
     base = alt.Chart(rows).encode(x=block_axis(rows), color=color)
     scale = alt.Scale(domain=[0, 1.1 * max(rows["high"])], nice=True)
     y = alt.Y("iou:Q", title="mean IoU with the mask of the class", scale=scale)

@@ -13,6 +13,7 @@ import polars as pl
 from classlens.analysis.neurons.accumulated import Accumulated
 from classlens.analysis.neurons.localisation import Localisation
 from classlens.analysis.neurons.site.content import Synthesised
+from classlens.analysis.neurons.synthesis.folder import read_results
 from classlens.extractor.errors import ConfigMismatchError, StoreError, UsageError
 from classlens.extractor.schema import read_attributes
 
@@ -87,8 +88,6 @@ def read_synthesised(folder: Path) -> dict[tuple[int, int], tuple[Synthesised, .
     Raises:
         StoreError: the folder's table or an image that it names is missing.
     """
-    from classlens.analysis.neurons.synthesis.folder import read_results
-
     results = read_results(folder)
     several = results["image"].max() != 0
     found: dict[tuple[int, int], list[Synthesised]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,15 +31,14 @@ class Table:
             row |= self._scored(
                 "promoted", "product", page.promoted[0].name, page.promoted[0].value
             )
-        if page.exemplars:
-            labels = Counter(self._content.pictures[e.picture].label for e in page.exemplars)
-            label, count = labels.most_common(1)[0]
+        words = {word.kind: word.word for word in page.words}
+        if page.exemplars and (label := words.get("exemplar")) is not None:
+            count = sum(self._content.pictures[e.picture].label == label for e in page.exemplars)
             row |= self._scored("label", "share", label, count / len(page.exemplars))
         if page.iou:
             row |= self._scored("detected", "iou", page.iou[0].name, page.iou[0].value)
-        clip = next((word.word for word in page.words if word.kind == "clip"), None)
-        if clip is not None:
-            row["clip"] = self._name(clip)
+        if (text := words.get("clip")) is not None:
+            row["clip"] = self._name(text)
         if len(page.words) > 1:
             row["agreeing"] = page.agreeing
         self._rows.append(row)
