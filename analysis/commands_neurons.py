@@ -22,16 +22,13 @@ def neurons() -> None:
     """
 
 
-for command in (
-    top,
-    shared,
-    heatmap,
-    exemplars,
-    class_distances,
-    dissect,
-    localise,
-    words,
-    synthesize,
-    pages,
-):
-    neurons.add_command(command)
+neurons.add_command(top)
+neurons.add_command(shared)
+neurons.add_command(heatmap)
+neurons.add_command(localise)
+neurons.add_command(exemplars)
+neurons.add_command(class_distances)
+neurons.add_command(dissect)
+neurons.add_command(words)
+neurons.add_command(synthesize)
+neurons.add_command(pages)

@@ -86,26 +86,27 @@ def open_tower(
     )
 
 
-def masked_picture(pixels: np.ndarray, mask: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """What a tower sees of a picture: resized to its input, and its mean colour outside the mask.
+def resized(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], squashed to a tower's input, uint8 [H', W', 3]."""
+    height, width = geometry.input_size
+    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def masked(pixels: np.ndarray, masks: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A picture under some masks, with the tower's mean colour outside, uint8 [n, H', W', 3].
 
     Args:
-        pixels: uint8 [H, W, 3], wholly covered by the patches. mask: bool [rows, columns] of
-            patches; a pixel of the tower belongs to the patch that its centre lies in.
-        geometry: of the tower.
-
-    Returns:
-        uint8 [H', W', 3].
+        pixels: uint8 [H', W', 3], wholly covered by the patches. masks: bool [n, rows, columns] of
+            patches; a pixel belongs to the patch that its centre lies in.
     """
-    size = (height, width) = geometry.input_size
-    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     rows, columns = (
-        (2 * np.arange(pixel_count) + 1) * patches // (2 * pixel_count)
-        for pixel_count, patches in zip(size, mask.shape, strict=True)
+        (2 * np.arange(count) + 1) * patches // (2 * count)
+        for count, patches in zip(pixels.shape[:2], masks.shape[1:], strict=True)
     )
-    inside = mask[rows[:, None], columns]
+    inside = masks[:, rows[:, None], columns]
     mean = np.rint(255 * np.array(geometry.mean)).astype(np.uint8)
-    return np.where(inside[..., None], np.asarray(picture), mean)
+    return np.where(inside[..., None], pixels, mean)
 
 
 def exemplar_embeddings(
@@ -139,13 +140,13 @@ def exemplar_embeddings(
     images = images_NE[neurons, places]
     for pictures in read_pictures(prepared, BATCH, set(images.tolist())):
         for pixels, image in zip(pictures.pixels.numpy(), pictures.targets.images, strict=True):
-            whole = covered(pixels, grid)
+            whole = resized(covered(pixels, grid), tower.geometry)
             first, stop = np.searchsorted(images, [int(image), int(image) + 1])
             for start in range(first, stop, BATCH):
                 part = slice(start, min(start + BATCH, stop))
                 masks = masks_NEG[neurons[part], places[part]].reshape(-1, *grid)
-                seen = [masked_picture(whole, mask, tower.geometry) for mask in masks]
-                np.add.at(sums_ND, neurons[part], embed(tower, np.stack(seen)))
+                seen = masked(whole, masks, tower.geometry)
+                np.add.at(sums_ND, neurons[part], embed(tower, seen))
                 np.add.at(counts_N, neurons[part], 1)
             done += stop - first
             if progress is not None:

@@ -36,7 +36,7 @@ def exemplars(store: Path, neuron: str, as_json: bool) -> None:
     block, j = parse_neuron(neuron, read_layout(store).mlp_width)
     counts_FC = reading.histogram(store, block)[j : j + 1]
     cut = reading.quantile_codes(counts_FC, reading.EXEMPLAR_QUANTILE)
-    _, images_FX, codes_FXG = reading.exemplar_codes(store, block)
+    _, _, codes_FXG = reading.exemplar_codes(store, block)
     shares = reading.masks(codes_FXG[j : j + 1], cut)[0].mean(axis=-1)
     found = reading.exemplars(store, block).filter(neuron=j)
     names = pl.read_parquet(store / CLASSES_FILE)
@@ -63,7 +63,7 @@ def exemplars(store: Path, neuron: str, as_json: bool) -> None:
 @click.command("class-distances")
 @store_argument
 @click.option("--top", type=click.IntRange(1, 5), metavar="K",
-              help="Compare at the K top key neurons of either class  [default: at all neurons]")  # fmt: skip
+              help="At the K top key neurons of either class  [default: at all neurons]")  # fmt: skip
 @json_option
 def class_distances(store: Path, top: int | None, as_json: bool) -> None:
     """How far apart classes are in their average activation, block by block.

@@ -94,8 +94,8 @@ def localise(
     titles = {
         "within_images": (
             f"{store.name}: key neurons and the mask of the class, within images",
-            f"{without}; patches above the 80th percentile of the class's top neuron, or of another "
-            "neuron",
+            f"{without}; patches above the 80th percentile of the class's top neuron, or of "
+            "another neuron",
         ),
         "over_data_set": (
             f"{store.name}: key neurons and the masks of the class, over the data set",
@@ -132,8 +132,8 @@ def _print(result: Localisation, title: str, caption: str) -> None:
     shown = new_table(
         title,
         f"IoU, mean over {result.n:,} {result.over}{caption}; [ ]: 95% bootstrap interval over "
-        f"{result.over}; q: one-sided Wilcoxon test, top ahead of random",
-        ["block", "top neuron", "random", "difference", "q"],
+        f"{result.over}",
+        ["block", "top neuron", "random", "difference"],
     )
     for row in result.blocks.iter_rows(named=True):
         shown.add_row(
@@ -141,7 +141,6 @@ def _print(result: Localisation, title: str, caption: str) -> None:
             with_interval(row, "top", ".4f"),
             f"{row['random']:.4f}",
             with_interval(row, "difference", "+.4f"),
-            f"{row['q_value']:.2g}",
         )
     Console().print(shown)
     mean, low, high = result.late_minus_early

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 PROMOTED_SHOWN = 3
+TABLE_WIDTH = 70
+"""At least, so that captions have room."""
 
 
 @click.command()
@@ -110,6 +112,7 @@ def _agreement_table(store: Path, frame: pl.DataFrame) -> Table:
         + (", clip: by its masked exemplars" if len(pairs) > 1 else ""),
         ["block", *(text for pair in pairs for text in (" = ".join(pair), "chance"))],
     )
+    shown.min_width = TABLE_WIDTH
     for (block,), rows in frame.group_by("block", maintain_order=True):
         cells = []
         for row in rows.iter_rows(named=True):
@@ -132,6 +135,7 @@ def _words_table(frame: pl.DataFrame, limit: int) -> Table:
     )
     for column in (1, 2, *([5] if has_clip else [])):
         shown.columns[column].justify = "left"
+    shown.min_width = TABLE_WIDTH
     best = frame.drop_nulls("exemplar_p").sort(
         "exemplar_p", pl.col("agreeing"), "block", "neuron", descending=[False, True, True, False]
     )

@@ -4,9 +4,10 @@
 
 over the images that have a mask. M_j is where neuron j's activation is above its 0.995 quantile,
 S_c what masks give to class c; an image shows its label and no other class. Areas are whole numbers
-of 1/255 of a patch, and so exact: M_j is constant on a patch, and the covered part of a patch is kept
-as a byte. That is the resolution of the model's own grid, activations taken to pixels by nearest
-neighbour; the original takes them there bilinearly, at 112 × 112, which smooths the border of M_j.
+of 1/255 of a patch, and so exact: M_j is constant on a patch, and the covered part of a patch is
+kept as a byte. That is the resolution of the model's own grid, activations taken to pixels by
+nearest neighbour; the original takes them there bilinearly, at 112 × 112, which smooths the border
+of M_j.
 
 Shape letters: L blocks, F neurons of a block, K classes.
 """

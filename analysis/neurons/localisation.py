@@ -54,10 +54,9 @@ class Localisation:
 
     over: what a row of the sample is, "images" or "classes"; n: their number. blocks: one row a
     block: block; top, random, difference (top − random), means over the sample, each with its 95%
-    bootstrap interval in …_low and …_high; p_value (one-sided paired Wilcoxon test that the top
-    neuron exceeds the random one), q_value (Benjamini–Hochberg over blocks). late_minus_early: mean
-    of the top neurons in the last half of the blocks minus that in the first half (the middle
-    block of an odd number is in neither), and its interval.
+    bootstrap interval in …_low and …_high. late_minus_early: mean of the top neurons in the last
+    half of the blocks minus that in the first half (the middle block of an odd number is in
+    neither), and its interval.
     """
 
     over: str
@@ -118,8 +117,8 @@ def overlaps(
         class_NG = pictures.mask_fraction >= 255 * CLASS_FRACTION
         shown_N = class_NG.any(1)
         n_without += int((~shown_N).sum())
-        above = above_percentile(activation[shown_N][:, :, :, None])[:, :, :, 0]
-        found.append((places[shown_N], iou(above, class_NG[shown_N][:, None, None])))
+        above_NLKG = above_percentile(activation[..., None, :])[..., 0, :]
+        found.append((places[shown_N], iou(above_NLKG, class_NG[:, None, None])[shown_N]))
         if progress is not None:
             progress(done, len(wanted))
     if not sum(len(places) for places, _ in found):
@@ -178,9 +177,6 @@ def localisation(
     for name, values_NL in measures.items():
         ends = statistics.bootstrap_interval(values_NL, seed=seed)
         columns |= {name: values_NL.mean(0), f"{name}_low": ends[0], f"{name}_high": ends[1]}
-    pairs = zip(top_NL.T, random_NL.T, strict=True)
-    p_values = np.array([statistics.wilcoxon_greater(*pair) for pair in pairs])
-    columns |= {"p_value": p_values, "q_value": statistics.benjamini_hochberg(p_values)}
     return Localisation(
         over, len(top_NL), pl.DataFrame(columns), (late_N.mean(), low.item(), high.item())
     )
