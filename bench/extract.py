@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from classlens.extractor.schema import REDUCERS
+from classlens.extractor.schema import REDUCERS, Layout, all_arrays
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from classlens.extractor.captured import CapturedScorer
@@ -59,7 +60,8 @@ def extract(
     At equal efficiency the scored run reaches the floor, forward FLOPs / (forward + scoring FLOPs),
     0.763 of the bare forward for ViT-B/16 and three streams. Shares of peak are of the fastest
     large matrix product of the same run. With --reduce, `cost_of_ranks` is the time of scoring in
-    memory over that of the ranks alone, the two timed in turn.
+    memory, sums over a unit included, over that of the ranks alone, the two timed in turn. All
+    images are of one unit; exemplars cost most in its first batch, so that a run's share is less.
     """
     import torch
 
@@ -113,16 +115,19 @@ def _row(
 
 def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
     """Medians over the rounds, in turn so that a drifting machine hits all alike."""
+    import numpy as np
+
     from classlens.bench.fidelity import first_targets, read_pictures
     from classlens.bench.machine import gemm_peak, time_in_turn
     from classlens.extractor.engine import choose_impl, make_engine
+    from classlens.extractor.reducers.protocol import UnitPart, split_results
     from classlens.extractor.run import extract as run_extract
     from classlens.extractor.scorer import DTYPES, Scorer
 
     config, count = prepared.config, prepared.plan.manifest.height
     engine = make_engine(prepared)
     batch = min(engine.batch_size, count)
-    pixels, labels = (part.to(config.device) for part in read_pictures(prepared, batch))
+    pixels, labels = (part.to(config.device) for part in read_pictures(prepared, count))
     targets = first_targets(labels)
     bare = Scorer(
         prepared.subject,
@@ -132,7 +137,7 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         convention=config.convention,
         compile=bool(config.compile),
     )
-    parts = [slice(min(batch, count - start)) for start in range(0, count, batch)]
+    parts = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
     alone = None
     if config.reduce:
         ranks = replace(prepared, config=replace(config, reduce=(), per_head=False))
@@ -145,15 +150,25 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
             bare.score(pixels[part], targets[part])["images/prediction"].cpu()
 
     def scored(scorer: Scorer | CapturedScorer = engine.scorer) -> None:
+        arrays = unit_arrays(prepared.layout)
         for part in parts:
-            for value in scorer.score(pixels[part], targets[part]).values():
-                value.cpu()
+            known = targets[part]
+            if scorer.accumulator is not None:
+                known = replace(known, **scorer.accumulator.known([], arrays))
+            results = scorer.score(pixels[part], known)
+            found = {name: value.cpu().numpy() for name, value in results.items()}
+            if scorer.accumulator is not None:
+                places = known.images.cpu().numpy()
+                zeros = np.zeros(len(places), np.int64)
+                unit = UnitPart(arrays, places, zeros, zeros.astype(bool), zeros)
+                scorer.accumulator.merge(split_results(found)[1], unit)
 
     def end_to_end() -> None:
         summaries.append(run_extract(prepared, next(stores)))
 
     end_to_end()
-    check(folder / "store0", engine.scorer.score(pixels, targets)["scores/rank"])
+    first = slice(batch)
+    check(folder / "store0", engine.scorer.score(pixels[first], targets[first])["scores/rank"])
     tasks = {"forward": forward, "scored": scored, "extract": end_to_end}
     if alone is not None:
         tasks["ranks"] = lambda: scored(alone)
@@ -186,6 +201,17 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         "held_back_by": summaries[-1].held_back_by,
         "stages": summaries[-1].stages,
         "seconds": {k: [round(s, 3) for s in values] for k, values in seconds.items()},
+    }
+
+
+def unit_arrays(layout: Layout) -> dict[str, np.ndarray]:
+    """The arrays that add up the images of one unit, by path."""
+    import numpy as np
+
+    return {
+        spec.path: np.full(spec.shard(layout)[1:], spec.fill, spec.dtype)
+        for spec in all_arrays(layout)
+        if spec.axes[0] == "unit"
     }
 
 

@@ -188,7 +188,8 @@ def first_targets(labels: Tensor) -> Targets:
 
     from classlens.extractor.reducers.protocol import Targets
 
-    return Targets(labels, torch.arange(len(labels), device=labels.device))
+    places = torch.arange(len(labels), device=labels.device)
+    return Targets(labels, places, keys=places)
 
 
 def true_ranks(prepared: Prepared, pixels: Tensor, labels: Tensor) -> np.ndarray:

@@ -234,7 +234,7 @@ def info(store: Path, as_json: bool) -> None:
     click.echo("arrays")
     for spec in all_arrays(layout):
         axes = ", ".join(f"{a} {n}" for a, n in zip(spec.axes, spec.shape(layout), strict=True))
-        click.echo(f"  {spec.path:<22} {spec.dtype:<8} [{axes}]")
+        click.echo(f"  {spec.path:<23} {spec.dtype:<8} [{axes}]")
 
 
 @click.command()

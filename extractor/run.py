@@ -197,7 +197,7 @@ def stage_results(
 def accumulate(
     batch: Batch,
     results: dict[str, np.ndarray],
-    scorer: Scorer,
+    scorer: Scorer | CapturedScorer,
     transfer: Transfer,
     times: StageTimes,
     layout: Layout,

@@ -76,7 +76,7 @@ class Scorer:
         targets = targets.to(self.device)
         per_block: dict[str, list[Tensor]] = {}
         reducers = [reducer.for_batch(targets) for reducer in self.reducers]
-        accumulate = self.accumulator and self.accumulator.for_batch(targets)
+        accumulate = None if self.accumulator is None else self.accumulator.for_batch(targets)
         x, result = None, dict[str, Tensor]()
         images = self.images(pixels)
         attends = self.intervention and self.intervention.attends(targets.kept)
@@ -88,7 +88,7 @@ class Scorer:
                 found |= reduce(block, sites | found)
             for path, value in found.items():
                 per_block.setdefault(path, []).append(value)
-            if accumulate:
+            if accumulate is not None:
                 for name, value in accumulate(block, sites).items():
                     result[f"{FOUND_PREFIX}{name}/{block}"] = value
         assert x is not None

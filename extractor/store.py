@@ -183,14 +183,16 @@ def check_fingerprint(path: Path, then: Mapping[str, Any], now: Mapping[str, Any
 class StagedUnit:
     """The arrays of one unit in memory, filled image by image.
 
-    first_image: its first place on the image axis. classes: the valid labels of its planned images,
-    each once, ascending; ``slot`` counts them.
+    first_image: its first place on the image axis. classes: those that the axis ``slot`` counts:
+    the valid labels of its planned images, each once, ascending.
     """
 
     def __init__(self, store: Store, unit: int, staging: Path) -> None:
         self._store, self.unit, self._staging = store, unit, staging
         self.first_image = unit * store.layout.unit_images
-        self.classes = unit_classes(store.unit_rows(unit), store.layout.classes)
+        self.classes = np.empty(0, np.int32)
+        if store.layout.slots:
+            self.classes = unit_classes(store.unit_rows(unit), store.layout.classes)
         self._started_s = time.perf_counter()
         self._saturated = 0
         self._specs = {spec.path: spec for spec in store.arrays}

@@ -68,17 +68,16 @@ def dissect(store: Path, out: Path, quantile: float, device: str | None, as_json
 def _table(by_block: pl.DataFrame, best: pl.DataFrame, quantile: float) -> Table:
     table = new_table(
         "Detectors (IoU > 0.04)",
-        f"active above the {quantile:g} quantile; best neuron: the largest IoU of its block",
-        ["block", "neurons", "detectors", "classes detected", "mean best IoU", "best neuron",
-         "of class", "IoU"],
-    )  # fmt: skip
+        f"active above the {quantile:g} quantile; of classes: different ones detected; "
+        "mean IoU: with each neuron's best class; best neuron: of the largest IoU",
+        ["block", "detectors", "of classes", "mean IoU", "best neuron", "its class", "IoU"],
+    )
     for row in by_block.iter_rows(named=True):
         of_block = best.filter(block=row["block"]).sort("iou", "neuron", descending=[True, False])
         first = of_block.row(0, named=True)
         table.add_row(
             str(row["block"]),
-            f"{row['neurons']:,}",
-            f"{row['detectors']:,}",
+            f"{row['detectors']:,} of {row['neurons']:,}",
             f"{row['classes']:,}",
             f"{row['mean_iou']:.4f}",
             f"{first['block']}:{first['neuron']}",

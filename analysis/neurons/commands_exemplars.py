@@ -63,7 +63,7 @@ def exemplars(store: Path, neuron: str, as_json: bool) -> None:
 @click.command("class-distances")
 @store_argument
 @click.option("--top", type=click.IntRange(1, 5), metavar="K",
-              help="At the K top key neurons of either class  [default: at all neurons]")  # fmt: skip
+              help="At the K top key neurons of either class  [default: all]")  # fmt: skip
 @json_option
 def class_distances(store: Path, top: int | None, as_json: bool) -> None:
     """How far apart classes are in their average activation, block by block.

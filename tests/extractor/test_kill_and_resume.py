@@ -20,19 +20,19 @@ workers = multiprocessing.get_context("forkserver")
 workers.set_forkserver_preload(["classlens.extractor.run"])
 
 
-def work(shards: list[str], out: Path) -> None:
+def work(shards: list[str], out: Path, *reduce: str) -> None:
     import torch
 
     from classlens.extractor.prepare import prepare
     from classlens.extractor.run import extract
 
     torch.set_num_threads(1)
-    extract(prepare(config("cls", batch_size=2), shards), out)
+    extract(prepare(config("cls", batch_size=2, reduce=reduce), shards), out)
 
 
-def run_to_the_end(shards: list[str], out: Path) -> float:
+def run_to_the_end(shards: list[str], out: Path, *reduce: str) -> float:
     started_s = time.perf_counter()
-    process = workers.Process(target=work, args=(shards, out))
+    process = workers.Process(target=work, args=(shards, out, *reduce))
     process.start()
     process.join()
     assert process.exitcode == 0

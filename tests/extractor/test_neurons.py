@@ -1,6 +1,7 @@
 """What is accumulated of every neuron against a brute force that keeps every activation."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ from variants import config
 
 from classlens.analysis.neurons import class_means, exemplars
 from classlens.extractor.blocks import walk
+from classlens.extractor.errors import ModelError, UsageError
 from classlens.extractor.models import load_subject
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract
@@ -24,8 +26,13 @@ def settings(**changes):
     return config("registers", batch_size=BATCH, reduce=("neurons",), **changes)
 
 
-def activations(configured, shards) -> tuple[np.ndarray, pl.DataFrame]:
-    """key_mlp of all images at patches, float32 [N, L, G, F], in batches as the run's; manifest."""
+def activations(
+    configured, shards, keeps=lambda images: slice(None)
+) -> tuple[np.ndarray, pl.DataFrame]:
+    """key_mlp of all images at patches, float32 [N, L, G, F], in batches as the run's; manifest.
+
+    ``keeps`` gives the rows that stay of a batch of normalised images.
+    """
     prepared = prepare(configured, shards)
     subject = load_subject(configured)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[configured.dtype]
@@ -42,6 +49,7 @@ def activations(configured, shards) -> tuple[np.ndarray, pl.DataFrame]:
                     pixels.append(np.asarray(subject.geometry.crop(image)))
             with torch.inference_mode():
                 images = scorer.images(torch.from_numpy(np.stack(pixels)))
+                images = images[keeps(images)]
                 blocks = walk(scorer.model, images, "corrected", frozenset({"key_mlp"}))
                 keys = [sites["key_mlp"][:, len(subject.prefix_kinds) :] for _, sites in blocks]
             found.append(torch.stack(keys, dim=1).float().numpy())
@@ -56,13 +64,17 @@ def slow_code(value: float) -> int:
     return 127 - m if value < 0 else 128 + m
 
 
+def same_picture_twice(samples) -> None:
+    samples[7].members["jpg"] = samples[2].members["jpg"]
+
+
 def slow_exemplars(peaks, images) -> list[tuple[float, int]]:
     return sorted(zip(peaks, images, strict=True), key=lambda pair: (-pair[0], pair[1]))[:15]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_everything_equals_brute_force(make_shards, tmp_path, dtype):
-    shards = [str(s) for s in make_shards((13, 9))]
+    shards = [str(s) for s in make_shards((13, 9), change=same_picture_twice)]
     out = tmp_path / "store"
     assert extract(prepare(settings(dtype=dtype), shards), out).status == {"ok": 22}
     x_NLGF, manifest = activations(settings(dtype=dtype), shards)
@@ -110,3 +122,65 @@ def test_everything_equals_brute_force(make_shards, tmp_path, dtype):
         assert means.counts[k] == (labels == label).sum()
         assert np.abs(means.means[k] - exact[labels == label].mean(axis=0)).max() <= error
     assert verify(out) == []
+
+
+def spoilt(images: torch.Tensor) -> torch.Tensor:
+    """Which normalised images the next test spoils, bool [N]."""
+    return images[:, 0].mean(dim=(1, 2)) > 0
+
+
+def test_an_image_that_overflows_late_leaves_no_trace(make_shards, tmp_path, monkeypatch):
+    """Its activations of the first blocks are finite, and were counted with their batch."""
+
+    def overflowing(model, images, *rest):
+        for block, sites in walk(model, images, *rest):
+            if block == 1:
+                sites["attn"][spoilt(images), 2, 3] = float("inf")
+            yield block, sites
+
+    shards = [str(s) for s in make_shards((13, 9))]
+    x_NLGF, _ = activations(settings(), shards, lambda images: ~spoilt(images))
+    monkeypatch.setattr("classlens.extractor.scorer.walk", overflowing)
+    out = tmp_path / "store"
+    summary = extract(prepare(settings(), shards), out)
+    assert summary.status == {"ok": len(x_NLGF), "nonfinite": 22 - len(x_NLGF)}
+    assert 5 < len(x_NLGF) < 17
+    codes = np.vectorize(slow_code, otypes=[np.uint8])(x_NLGF)
+    for block in range(x_NLGF.shape[1]):
+        values, found, _ = exemplars.exemplar_codes(out, block)
+        peaks = -np.sort(-x_NLGF[:, block].max(axis=1), axis=0)[:15].T
+        kept = peaks.shape[1]
+        assert (values[:, :kept] == peaks).all()
+        assert (values[:, kept:] == -np.inf).all()
+        assert (found[:, kept:] == -1).all()
+        counted = exemplars.histogram(out, block)
+        assert (counted.sum(axis=1) == len(x_NLGF) * 16).all()
+        for f in (0, 7):
+            assert (counted[f] == np.bincount(codes[:, block, :, f].ravel(), minlength=256)).all()
+    assert class_means.class_means(out).counts.sum() == len(x_NLGF)
+    N, L, _, F = x_NLGF.shape
+    assert exemplars.exemplars(out).height == min(15, N) * L * F
+
+
+def test_without_a_single_good_image_there_is_nothing_to_read(make_shards, tmp_path):
+    def damage(samples):
+        for one in samples:
+            one.members["jpg"] = b"no picture"
+
+    out = tmp_path / "store"
+    extract(prepare(settings(), [str(s) for s in make_shards((3,), change=damage)]), out)
+    assert exemplars.exemplars(out).is_empty()
+    with pytest.raises(UsageError, match="No image"):
+        exemplars.thresholds(out, 0.5)
+    with pytest.raises(UsageError, match="No image"):
+        class_means.class_means(out)
+
+
+def test_what_does_not_fit_is_refused(make_shards):
+    with pytest.raises(UsageError, match="--cuda-graph"):
+        settings(device="cuda", cuda_graph=True)
+    with pytest.raises(UsageError, match="drop-context"):
+        settings(intervene="drop-context")
+    gated = replace(settings(), model="vit_giant_patch14_dinov2")
+    with pytest.raises(ModelError, match=r"GluMlp.* without --reduce neurons"):
+        prepare(gated, [str(s) for s in make_shards((2,))])
