@@ -48,7 +48,8 @@ DIVERSE_IMAGES = 3
 @click.option("--images", type=click.IntRange(1),
               help=f"Of each target  [default: 1; diverse: {DIVERSE_IMAGES}]")  # fmt: skip
 @click.option("--diversity", default=1.0, show_default=True,
-              type=click.FloatRange(0, min_open=True), help="Weight of the diversity term.")  # fmt: skip
+              type=click.FloatRange(0, min_open=True),
+              help="Weight of the diversity term.")  # fmt: skip
 @click.option("--steps", default="250,500,750", show_default=True,
               help="Save and classify after these steps.")  # fmt: skip
 @click.option("--size", type=click.IntRange(8),
