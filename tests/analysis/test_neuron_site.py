@@ -275,7 +275,7 @@ def test_a_page_says_every_number(site, content):
         text = read(site, page.block, page.neuron).text
         assert f"Neuron {page.block}:{page.neuron}\n" in text
         assert f"{page.agreeing} of {comb(3, 2)} pairs of words name the same class" in text
-        assert "patches above 1.25, the 0.99 quantile" in text
+        assert "above its 0.99 quantile over the data set, here 1.25 or more" in text
         for rows, digits in ((page.promoted, 3), (page.averages, 3), (page.iou, 4)):
             for row in rows:
                 assert f"{row.name}{row.value:.{digits}f}".replace("-", "−") in text

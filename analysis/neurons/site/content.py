@@ -68,7 +68,7 @@ class NeuronPage:
     """Everything its page says of neuron ``block:neuron``. Classes are in falling order.
 
     promoted: E·v_j. words: see ``words.WORDS``. agreeing: how many pairs of words are the same
-    class. exemplars: most active first. threshold: activations above are inside the masks.
+    class. exemplars: most active first. threshold: activations from it on are inside the masks.
     averages: mean activation over the images of a class. iou: of the thresholded activation with
     the classes' segmentation masks. synthesised: in the order they are shown.
     """

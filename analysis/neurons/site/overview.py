@@ -110,12 +110,12 @@ def _localisation(content: Content) -> Iterator[Figure]:
             )
             for name, text in lines.items()
         )
-        mean, low, high = found.late_minus_early
+        mean, low, high = (f"{x:+.3f}".replace("-", "−") for x in found.late_minus_early)
         ahead = found.blocks.filter(pl.col("q_value") < LEVEL)["block"].to_list()
         caption = (
             f"{compared}: mean IoU over {found.n:,} {found.over}, with 95% bootstrap intervals. "
             "Top neurons of the last half of the blocks minus those of the first half: "
-            f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]. The top neuron is ahead of chance (one-sided "
+            f"{mean} [{low}, {high}]. The top neuron is ahead of chance (one-sided "
             f"Wilcoxon test, q < {LEVEL}) in "
             + (f"blocks {', '.join(map(str, ahead))}." if ahead else "no block.")
         )

@@ -60,6 +60,7 @@ def write_site(
         UsageError: the folder holds something else, or cannot be written.
     """
     check_place(out)
+    out = out.resolve()
     draft = out.with_name(f".{out.name}-unfinished")
     try:
         shutil.rmtree(draft, ignore_errors=True)
