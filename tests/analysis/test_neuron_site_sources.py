@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import zarr
 from click.testing import CliRunner
 from PIL import Image
 from samples import sample, write_tar
@@ -201,8 +202,6 @@ def test_class_averages_are_means_over_patches_then_images(content, truth):
 def test_overlaps_are_those_of_all_pixels(content, truth, folder):
     x_NLGF, rows, _ = truth
     label_N = rows["label"].to_numpy()
-    import zarr
-
     area_NG = np.asarray(zarr.open_array(str(folder / "store/images/mask_fraction"), mode="r"))
     area_NG = area_NG[rows["image"].to_numpy()].astype(int)
     _, values_LF = thresholds(folder / "store", QUANTILE)
