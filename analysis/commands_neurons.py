@@ -9,6 +9,7 @@ from classlens.analysis.neurons.commands_dissect import dissect
 from classlens.analysis.neurons.commands_exemplars import class_distances, exemplars
 from classlens.analysis.neurons.commands_heatmap import heatmap
 from classlens.analysis.neurons.commands_localise import localise
+from classlens.analysis.neurons.commands_pages import pages
 from classlens.analysis.neurons.commands_words import words
 from classlens.analysis.neurons.synthesis.commands_synthesize import synthesize
 
@@ -30,3 +31,4 @@ neurons.add_command(class_distances)
 neurons.add_command(dissect)
 neurons.add_command(words)
 neurons.add_command(synthesize)
+neurons.add_command(pages)

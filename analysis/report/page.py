@@ -6,18 +6,15 @@ page's content security policy forbids any request.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import polars as pl
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from classlens.analysis import plot_style, plots
 from classlens.analysis.class_context import with_masks
@@ -39,11 +36,14 @@ from classlens.analysis.report.interventions import interventions_section
 from classlens.analysis.report.memories import MemorySection, memory_section
 from classlens.analysis.report.pictures import Picture, make_pictures
 from classlens.analysis.report.probes import ProbePart, make_probe_part, stores_probed
+from classlens.analysis.report.templates import asset, environment
 from classlens.analysis.report.writing import Writing, make_writing
 from classlens.analysis.scan import scan, scan_images
 from classlens.extractor.config import intervention_text
 from classlens.extractor.errors import ShardError, UsageError
 from classlens.extractor.schema import Layout, read_attributes
+
+PACKAGE = "classlens.analysis.report"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def write_report(
         sections.append(_section(name, result, n_images, probes, values))
     rates = pl.concat(section.rates for section in sections)
     of_corrected = rates.filter(pl.col("convention") == "corrected")
-    template = _environment().get_template("template.html")
+    template = environment(PACKAGE).get_template("template.html")
     page = template.render(
         sections=sections,
         rates=rates.to_dicts(),
@@ -140,8 +140,8 @@ def write_report(
         permutations=permutations,
         level=plot_style.LEVEL,
         scale=DIVERGING,
-        style=Markup(_asset("style.css")),
-        script=Markup(_asset("script.js")),
+        style=Markup(asset(PACKAGE, "style.css")),
+        script=Markup(asset(PACKAGE, "script.js")),
         version=version("classlens"),
     )
     out = Path(out)
@@ -197,7 +197,7 @@ def _section(
         name=name,
         layout=layout,
         aspect=_aspect(attributes["geometry"]["input_size"], layout.grid),
-        facts=_facts(store, attributes, layout),
+        facts=store_facts(store, attributes, layout),
         result=result,
         rates=_rates(name, result),
         charts=charts,
@@ -211,7 +211,7 @@ def _section(
     )
 
 
-def _facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str, str]:
+def store_facts(store: Path, attributes: dict[str, Any], layout: Layout) -> dict[str, str]:
     """Rows of the table on how a store was made."""
     config, geometry = attributes["config"], attributes["geometry"]
     units = pl.read_parquet(store / "units.parquet")
@@ -314,30 +314,3 @@ def _beside(table: pl.DataFrame, values: pl.DataFrame) -> pl.DataFrame:
 
 def _figure(chart: Any, description: str) -> Markup:
     return Markup(plot_style.to_svg(chart, description))
-
-
-def _asset(name: str) -> str:
-    return files("classlens.analysis.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
-    environment.filters["code"] = _code
-    return environment
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    """A number with a true minus sign; an en dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
-
-
-def _code(sentence: str) -> Markup:
-    """A sentence whose parts between backticks are code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(sentence))))
