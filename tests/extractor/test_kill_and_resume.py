@@ -13,7 +13,7 @@ from variants import config
 from classlens.extractor.schema import committed_units
 from classlens.extractor.store import verify
 
-KILLS, UNITS = 20, 8
+KILLS = 20
 # Workers are forked from a server that has torch imported, so that a kill can hit any moment of the
 # work rather than of the imports.
 workers = multiprocessing.get_context("forkserver")
@@ -53,7 +53,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 def test_twenty_kills_lose_and_mix_nothing(make_shards, tmp_path):
-    shards = [str(s) for s in make_shards((3,) * UNITS)]
+    shards = [str(s) for s in make_shards((4,) * 12)]
     run_to_the_end(shards, tmp_path / "warm-up")
     seconds = run_to_the_end(shards, tmp_path / "undisturbed")
     out, random_source = tmp_path / "killed", random.Random(0)
@@ -73,7 +73,7 @@ def test_twenty_kills_lose_and_mix_nothing(make_shards, tmp_path):
             assert content(out) == content(tmp_path / "undisturbed")
             out = out.with_name(f"{out.name}-again")
     run_to_the_end(shards, out)
-    assert any(0 < units < UNITS for units in progress)
+    assert any(0 < units < 12 for units in progress)
     assert content(out) == content(tmp_path / "undisturbed")
     assert verify(out) == []
 
