@@ -183,8 +183,8 @@ def _methods(asked: Sequence[str] | None, probe: Path | None) -> tuple[str, ...]
 
 
 def spread_images(store: Path, count: int | None, probe: Path | None = None) -> list[int]:
-    """Places of ``count`` images that are scored, by the probes too if there are any, evenly spread;
-    of all when None.
+    """Places of ``count`` images that are scored, by the probes too if there are any, evenly
+    spread; of all when None.
 
     Raises:
         UsageError: no image is scored; or the probes are not of this store.
