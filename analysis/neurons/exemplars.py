@@ -4,7 +4,7 @@ A neuron's exemplars are the 15 images of largest activation over patches, ties 
 on the image axis. Of each is kept the grid of codes of its patches (`classlens.extractor.codes`);
 the mask is where the code is above that of the neuron's 0.99 quantile.
 
-Quantiles come from a histogram of codes: of all patches where an image has up to 64, else of 64 of
+Quantiles come from a histogram of codes: of all patches where an image has up to 64, else of 32 of
 them, drawn for each image alike for all neurons. Their error has two parts, see :func:`thresholds`.
 
 Shape letters: L blocks, F neurons of a block, G patches, X = 15 exemplars.

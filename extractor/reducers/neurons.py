@@ -6,8 +6,8 @@ activation function (site ``key_mlp``), at the image tokens. Added up in one pas
 - **exemplars** (MILAN): the 15 images of largest activation over patches, ties to the lower place
   on the image axis, each with the codes of all its patches (`classlens.extractor.codes`);
 - **class averages**: an image's mean over patches in whole units of 2^-16, summed by class;
-- **histograms of codes**, of which any quantile can be read: of all patches, or of 64 drawn for
-  each image where it has more, the same ones for all neurons.
+- **histograms of codes**, of which any quantile can be read: of all patches where an image has up
+  to 64, else of 32 drawn for each image, the same ones for all neurons.
 
 Sums are of integers and exemplars are a largest set, so that units merge exactly, in any order and
 grouping: an estimating sketch (t-digest, KLL) would not, and its error would depend on the order.
@@ -38,7 +38,7 @@ from classlens.kernels.activation_codes import activation_codes
 if TYPE_CHECKING:
     from classlens.extractor.shards import Decoded
 
-SAMPLED_PATCHES = 64
+COUNT_ALL, SAMPLED_PATCHES = 64, 32
 LARGEST_MEAN = 2.0**24
 """Means are clipped there, so that sums over a million images fit int64."""
 COUNTED_AT_ONCE = 1 << 22
@@ -71,11 +71,11 @@ class NeuronsAccumulator:
             if tokens_NS is None:
                 tokens_NS = self._tokens_to_count(targets, x_NTF.shape[1])
             patches_NGF = x_NTF[:, self.prefix :]
-            peak_NF = patches_NGF.amax(dim=1).float()
+            peak_NF, mean_NF = _peak_and_mean(patches_NGF)
             floor_F = None if targets.floor is None else targets.floor[block]
             image_P, neuron_P = _candidates(peak_NF, floor_F)
             return {
-                "mean": patches_NGF.mean(dim=1, dtype=torch.float32),
+                "mean": mean_NF,
                 "histogram": _histogram(x_NTF, tokens_NS),
                 "image": image_P,
                 "neuron": neuron_P,
@@ -121,10 +121,21 @@ class NeuronsAccumulator:
         """The image tokens whose activations are counted, int64 [N, S]."""
         patches = tokens - self.prefix
         assert targets.keys is not None
-        if patches <= SAMPLED_PATCHES:
+        if patches <= COUNT_ALL:
             places_S = torch.arange(self.prefix, tokens, device=targets.keys.device)
             return places_S.expand(len(targets.keys), -1)
         return drawn_patches(targets.keys, patches, SAMPLED_PATCHES) + self.prefix
+
+
+def _peak_and_mean(patches_NGF: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest activation of each image over its patches and their mean, float32 [N, F]."""
+    if patches_NGF.device.type != "cpu" or patches_NGF.dtype == torch.float32:
+        return patches_NGF.amax(dim=1).float(), patches_NGF.mean(dim=1, dtype=torch.float32)
+    # A CPU converts an image once, and both reductions find it in the caches.
+    images = (patches_GF.float() for patches_GF in patches_NGF)
+    parts = [(patches_GF.amax(dim=0), patches_GF.mean(dim=0)) for patches_GF in images]
+    peak_NF, mean_NF = (torch.stack(part) for part in zip(*parts, strict=True))
+    return peak_NF, mean_NF
 
 
 def _candidates(peak_NF: Tensor, floor_F: Tensor | None) -> tuple[Tensor, Tensor]:

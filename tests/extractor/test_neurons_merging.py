@@ -24,7 +24,7 @@ from classlens.extractor.store import Store, verify
 
 IMAGES, BLOCKS = 24, 3
 FINE = {"patch_size": 2}
-"""256 patches, of which 64 are drawn."""
+"""256 patches, of which 32 are drawn."""
 
 
 def shards_of(folder: Path, counts) -> list[str]:
@@ -83,7 +83,7 @@ def test_grouping_and_order_of_units_change_nothing(tmp_path, model_args):
             results.append(all_read(out, dissected))
     for other in results[1:]:
         assert_equal(other, results[0])
-    per_image = 64 if model_args else 16
+    per_image = 32 if model_args else 16
     assert (exemplars.histogram(out, 0).sum(axis=1) == IMAGES * per_image).all()
 
 

@@ -83,7 +83,8 @@ def test_commands_on_a_store(make_shards, tmp_path):
         assert tops[block].tolist() == products.topk(2).indices.tolist()
     rows = run("neurons", "class-distances", store, "--top", 2)
     distances = class_distances(means, tops[:, means.classes])
-    assert [row["mean"] for row in rows] == [d[~np.eye(10, dtype=bool)].mean() for d in distances]
+    expected = [of_block[~np.eye(10, dtype=bool)].mean() for of_block in distances]
+    assert [row["mean"] for row in rows] == pytest.approx(expected, rel=1e-14)
     for row, of_block in zip(rows, distances, strict=True):
         assert of_block[row["class_a"], row["class_b"]] == row["smallest"]
         assert row["smallest"] == of_block[~np.eye(10, dtype=bool)].min()
