@@ -101,7 +101,8 @@ def _pixels(source: str, image: str, subject: Subject) -> tuple[np.ndarray, int 
         row = found.row(0, named=True)
         return read_pixels(subject.geometry.to_json(), row), row["label"]
     try:
-        picture = Image.open(image).convert("RGB")
+        with Image.open(image) as file:
+            picture = file.convert("RGB")
     except OSError as error:
         raise UsageError(f"--image {image} is no readable picture ({error}).") from error
     return np.asarray(subject.geometry.crop(picture)), None

@@ -172,7 +172,8 @@ def test_command_on_a_store(store, tmp_path):
                  "--arrays", str(arrays))  # fmt: skip
     assert result.exit_code == 0, result.output
     subject = load_subject(config("cls"))
-    saved = np.load(arrays)
+    with np.load(arrays) as file:
+        saved = dict(file)
     assert saved["neurons"].tolist() == top_neurons(subject, 3).neurons[:, 2].tolist()
     assert saved["blocks"].tolist() == [0, 1, 2]
     stored = Image.open(io.BytesIO(encoded(picture(2))))
@@ -192,7 +193,8 @@ def test_command_on_a_file_and_one_neuron(store, tmp_path):
     assert result.exit_code == 0, result.output
     subject = load_subject(config("cls"))
     pixels = np.asarray(subject.geometry.crop(picture(9)))
-    saved = np.load(arrays)
+    with np.load(arrays) as file:
+        saved = dict(file)
     assert saved["heat"].shape == (1, 1, 32, 32)
     grid = hooked(subject, pixels)[1][:, 17].reshape(4, 4)
     np.testing.assert_allclose(saved["activation"][0, 0], grid, rtol=0, atol=2e-5)
