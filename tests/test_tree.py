@@ -55,6 +55,8 @@ def test_imports_go_down_only(layer):
         "classlens.analysis.neurons.heatmap_figure",
         "classlens.analysis.neurons.localisation",
         "classlens.analysis.neurons.store_words",
+        "classlens.analysis.neurons.class_means",
+        "classlens.analysis.neurons.dissection",
         "classlens.analysis.commands_report",
         "classlens.analysis.commands_study",
         "classlens.analysis.study",
