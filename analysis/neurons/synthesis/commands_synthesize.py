@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from classlens.analysis.neurons.synthesis.objectives import Target
+    from classlens.analysis.neurons.synthesis.targets import Selection
     from classlens.extractor.models import Subject
 
 VARIANTS = ("top1", "topk", "top1-diverse", "topk-diverse")
@@ -105,7 +106,7 @@ def run_synthesis(
     variants: Sequence[str] = ("top1",),
     classes: str | None = None,
     neurons: str | None = None,
-    select: str = "alignment",
+    select: Selection = "alignment",
     keys: int = 5,
     tokens: str = "patches",
     after_gelu: bool = False,
@@ -224,12 +225,16 @@ def parse_neurons(text: str) -> list[tuple[int, int]]:
 
 
 def _subject(source: str, weights: str | None, model_args: Sequence[str]) -> tuple[str, Subject]:
-    """The name of the model, and the model: of a store, or of a timm name."""
+    """The name of the model, and the model: of a store, with its class names, or a timm name."""
+    from dataclasses import replace
+
+    import polars as pl
+
     from classlens.analysis.values import load_model
     from classlens.extractor.commands import parse_model_arg
     from classlens.extractor.config import ExtractConfig
     from classlens.extractor.models import load_subject
-    from classlens.extractor.schema import read_attributes
+    from classlens.extractor.schema import CLASSES_FILE, read_attributes
     from classlens.extractor.value_vectors import require_value_vectors
 
     if not Path(source).is_dir():
@@ -241,7 +246,8 @@ def _subject(source: str, weights: str | None, model_args: Sequence[str]) -> tup
     config = ExtractConfig.from_json(read_attributes(source)["config"])
     subject = load_subject(config)
     require_value_vectors(subject, config.model)
-    return config.model, subject
+    names = pl.read_parquet(Path(source) / CLASSES_FILE).sort("class")["name"]
+    return config.model, replace(subject, class_names=tuple(names))
 
 
 def _require_cls(subject: Subject, name: str, tokens: str) -> None:

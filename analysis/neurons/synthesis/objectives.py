@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -104,6 +105,7 @@ def objective(
         neurons, of_each = j.repeat_interleave(each), of.repeat_interleave(each)
         key_Nt = sites["key_mlp"][rows, chosen, neurons].float()
         if after_activation:
+            assert isinstance(block.mlp, Mlp)
             key_Nt = block.mlp.act(key_Nt)
         activation_N = activation_N.index_add(0, rows, key_Nt.mean(1) / of_each)
         if with_similarity:

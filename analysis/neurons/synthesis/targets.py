@@ -28,7 +28,6 @@ from classlens.extractor.value_vectors import value_vectors
 from classlens.kernels.reference import logits_reference
 
 Selection = Literal["alignment", "probability"]
-SELECTIONS: tuple[Selection, ...] = ("alignment", "probability")
 
 
 def predictiveness(subject: Subject, block: int, selection: Selection) -> Tensor:
