@@ -14,7 +14,6 @@ from classlens.analysis.neurons.dissection import DETECTOR_IOU
 from classlens.analysis.neurons.site.content import Content
 from classlens.analysis.plot_style import (
     CONTROL_COLOR,
-    LEVEL,
     STREAM_COLORS,
     block_axis,
     styled,
@@ -110,13 +109,12 @@ def _localisation(content: Content) -> Iterator[Figure]:
             )
             for name, text in lines.items()
         )
-        mean, low, high = (f"{x:+.3f}".replace("-", "−") for x in found.late_minus_early)
-        ahead = found.blocks.filter(pl.col("q_value") < LEVEL)["block"].to_list()
+        mean, low, high = (f"{x:+.4f}".replace("-", "−") for x in found.late_minus_early)
+        ahead = found.blocks.filter(pl.col("difference_low") > 0)["block"].to_list()
         caption = (
             f"{compared}: mean IoU over {found.n:,} {found.over}, with 95% bootstrap intervals. "
             "Top neurons of the last half of the blocks minus those of the first half: "
-            f"{mean} [{low}, {high}]. The top neuron is ahead of chance (one-sided "
-            f"Wilcoxon test, q < {LEVEL}) in "
+            f"{mean} [{low}, {high}]. The interval of the difference from chance is above 0 in "
             + (f"blocks {', '.join(map(str, ahead))}." if ahead else "no block.")
         )
         svg = to_svg(_lines(rows, lines), f"{title} The numbers are in the table below.")

@@ -52,13 +52,15 @@ def dissection_quantile(store: Path, dissection: Path) -> float:
 
     Raises:
         StoreError: one is no store. UsageError: the dissection is none. ConfigMismatchError: it is
-        of other weights than the store.
+        of other images or weights than the store.
     """
     Accumulated.open(dissection, "dissection")
     theirs, ours = read_attributes(dissection), read_attributes(store)
-    if theirs["fingerprint"]["weights_sha256"] != ours["fingerprint"]["weights_sha256"]:
+    if any(
+        theirs["fingerprint"][k] != ours["fingerprint"][k] for k in ("images", "weights_sha256")
+    ):
         raise ConfigMismatchError(
-            f"{dissection} is of other weights than {store}; dissect this store."
+            f"{dissection} is of other images or weights than {store}; dissect this store."
         )
     return theirs["dissection"]["quantile"]
 
