@@ -58,8 +58,8 @@ Neurons = Mapping[int, Sequence[int]]
 
 def every_neuron(subject: Subject) -> Neurons:
     """The neurons of each block of a model."""
-    widths = [block.mlp.fc2.in_features for block in subject.model.blocks]  # pyright: ignore
-    return dict(enumerate(map(range, widths)))
+    blocks = enumerate(subject.model.blocks)
+    return {b: range(block.mlp.fc2.in_features) for b, block in blocks}  # pyright: ignore
 
 
 def gather(sources: Sources, chosen: Callable[[Subject], Neurons] = every_neuron) -> Content:
@@ -149,36 +149,21 @@ class _Gathered:
 
     def pages(self, block: int) -> Iterator[NeuronPage]:
         """The pages of a block."""
-        parts: dict[str, list[Any]] = {}
+        store, dissection = self.sources.store, self.sources.dissection
         words = [promoted_words(self.subject, block, min(TOP, len(self.names)))]
-        store, dissection, grid = self.sources.store, self.sources.dissection, self.layout.grid
+        shown, averages, overlaps = None, None, None
         if self.accumulates:
-            values_FX, images_FX, codes_FXG = exemplar_codes(store, block)
-            masks_FXG = masks(codes_FXG, self.codes_LF[block])
-            labels_FX = np.where(images_FX >= 0, self.label_I[images_FX], -1)
-            frequency_C = np.bincount(self.images["label"], minlength=len(self.names))
-            words.append(exemplar_words(block, labels_FX, frequency_C, self.names))
+            shown, of_labels = self._exemplars(block)
+            words.append(of_labels)
             means = block_class_means(store, block)
-            parts["averages"] = self._top(means.classes, means.means[:, 0])
+            averages = self._top(means.classes, means.means[:, 0])
         if dissection is not None:
-            overlaps = areas(dissection, block)
-            parts["iou"] = self._top(overlaps.classes, overlaps.iou())
+            found = areas(dissection, block)
+            overlaps = self._top(found.classes, found.iou())
         if self.clip is not None:
             words.append(self.clip.filter(pl.col("block") == block))
         rows = join_words(*words).to_dicts()
         for j in self.neurons[block]:
-            of_neuron = {part: tuple(values[j]) for part, values in parts.items()}
-            if self.accumulates:
-                of_neuron["threshold"] = float(self.thresholds_LF[block, j])
-                of_neuron["exemplars"] = tuple(
-                    Exemplar(int(self.place_I[image]), float(value), mask_G.reshape(grid))
-                    for value, image, mask_G in zip(
-                        values_FX[j], images_FX[j], masks_FXG[j], strict=True
-                    )
-                    if image >= 0
-                )
-            if self.synthesised is not None:
-                of_neuron["synthesised"] = self.synthesised.get((block, j), ())
             row = rows[j]
             promoted = zip(row["promoted"], row["alignments"], strict=True)
             yield NeuronPage(
@@ -187,8 +172,33 @@ class _Gathered:
                 promoted=tuple(Scored(self.names[c], value) for c, value in promoted),
                 words=words_of(row),
                 agreeing=row["agreeing"],
-                **of_neuron,
+                exemplars=None if shown is None else shown[j],
+                threshold=float(self.thresholds_LF[block, j]) if self.accumulates else None,
+                averages=None if averages is None else averages[j],
+                iou=None if overlaps is None else overlaps[j],
+                synthesised=(
+                    None if self.synthesised is None else self.synthesised.get((block, j), ())
+                ),
             )
+
+    def _exemplars(self, block: int) -> tuple[dict[int, tuple[Exemplar, ...]], pl.DataFrame]:
+        """The exemplars of the neurons with a page, and the words of all of them."""
+        values_FX, images_FX, codes_FXG = exemplar_codes(self.sources.store, block)
+        masks_FXG = masks(codes_FXG, self.codes_LF[block])
+        labels_FX = np.where(images_FX >= 0, self.label_I[images_FX], -1)
+        frequency_C = np.bincount(self.images["label"], minlength=len(self.names))
+        grid = self.layout.grid
+        shown = {
+            j: tuple(
+                Exemplar(int(self.place_I[image]), float(value), mask_G.reshape(grid))
+                for value, image, mask_G in zip(
+                    values_FX[j], images_FX[j], masks_FXG[j], strict=True
+                )
+                if image >= 0
+            )
+            for j in self.neurons[block]
+        }
+        return shown, exemplar_words(block, labels_FX, frequency_C, self.names)
 
     def pixels(self) -> Iterator[np.ndarray]:
         """The pictures, in order; errors as of `read_pixels`."""
@@ -211,13 +221,13 @@ class _Gathered:
             found[of_block.filter(pl.col("neuron").is_in(neurons))["image"].to_numpy()] = True
         return self.images.filter(found[self.images["image"].to_numpy()]).sort("label", "image")
 
-    def _top(self, classes_K: np.ndarray, values_KF: np.ndarray) -> list[list[Scored]]:
+    def _top(self, classes_K: np.ndarray, values_KF: np.ndarray) -> list[tuple[Scored, ...]]:
         """The classes of the largest values of each neuron."""
         values_FK = np.ascontiguousarray(values_KF.T, np.float64)
         best_FT = largest(values_FK, min(TOP, len(classes_K)))
         kept_FT = np.take_along_axis(values_FK, best_FT, axis=1)
         return [
-            [Scored(self.names[c], v) for c, v in zip(classes, values, strict=True)]
+            tuple(Scored(self.names[c], v) for c, v in zip(classes, values, strict=True))
             for classes, values in zip(classes_K[best_FT].tolist(), kept_FT.tolist(), strict=True)
         ]
 
