@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from classlens.analysis.neurons.options import split_neuron
 from classlens.analysis.tables import new_table, with_interval
 from classlens.extractor.console import status
 from classlens.extractor.errors import UsageError
@@ -122,7 +123,7 @@ def values(
             subject = load_model(model, weights, arguments)
             frames = [
                 top_classes(subject, place, [j], sublayer=sublayer, top=top)
-                for place, j in map(_neuron, neurons)
+                for place, j in map(split_neuron, neurons)
             ]
             if block is not None:
                 vectors = strongest(subject, block, sublayer=sublayer, top=top)
@@ -154,13 +155,6 @@ def values(
         return
     for name in SUBLAYERS:
         _print(_cosine_table(result, name))
-
-
-def _neuron(text: str) -> tuple[int, int]:
-    block, _, j = text.partition(":")
-    if not (block.isdecimal() and j.isdecimal()):
-        raise UsageError(f"--neuron takes BLOCK:J, two whole numbers, got {text!r}.")
-    return int(block), int(j)
 
 
 def _print(content: Table) -> None:

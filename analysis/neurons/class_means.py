@@ -16,8 +16,8 @@ import polars as pl
 
 from classlens.analysis.neurons.accumulated import Accumulated
 from classlens.analysis.neurons.exemplars import Progress, checked_block
-from classlens.extractor.errors import ConfigMismatchError, UsageError
-from classlens.extractor.schema import CLASSES_FILE, MEAN_UNIT, read_attributes
+from classlens.extractor.errors import UsageError
+from classlens.extractor.schema import CLASSES_FILE, MEAN_UNIT
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,32 +78,6 @@ def class_distances(means: ClassMeans, top_LKN: np.ndarray | None = None) -> np.
         for a in range(K):
             distances[block, a] = _at_top_neurons(means_KF, top_LKN[block], a)
     return distances
-
-
-def top_key_neurons(store: str | Path, top: int) -> np.ndarray:
-    """The neurons whose value vectors write each class most, int32 [L, C, top], top at most 5.
-
-    Those of the largest E_c·v_j in each block; see `classlens.extractor.value_vectors`. Torch is
-    imported here.
-
-    Raises:
-        StoreError: there is no store. ModelError: its model cannot be loaded.
-        ConfigMismatchError: the weights are no longer those of the store.
-    """
-    from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.models import load_subject
-    from classlens.extractor.value_vectors import value_tables, value_vectors
-
-    attributes = read_attributes(store)
-    subject = load_subject(ExtractConfig.from_json(attributes["config"]))
-    if subject.weights_sha256 != attributes["fingerprint"]["weights_sha256"]:
-        raise ConfigMismatchError(
-            f"The weights are no longer those that {store} was extracted with; restore them."
-        )
-    embedding_CD, blocks = subject.embedding(), range(subject.blocks)
-    vectors = (value_vectors(subject.model, block, "mlp") for block in blocks)
-    tables = [value_tables(embedding_CD, vectors_DF, "cpu") for vectors_DF in vectors]
-    return np.stack([table.values[:, :top].numpy() for table in tables])
 
 
 def distance_table(store: str | Path, means: ClassMeans, distances_LKK: np.ndarray) -> pl.DataFrame:

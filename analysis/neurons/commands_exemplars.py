@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from classlens.analysis.neurons.options import split_neuron
 from classlens.analysis.tables import json_option, new_table, store_argument
 from classlens.extractor.console import bar
 from classlens.extractor.errors import UsageError
@@ -33,7 +34,10 @@ def exemplars(store: Path, neuron: str, as_json: bool) -> None:
     from classlens.extractor.codes import representatives
     from classlens.extractor.schema import CLASSES_FILE, read_layout
 
-    block, j = parse_neuron(neuron, read_layout(store).mlp_width)
+    block, j = split_neuron(neuron)
+    neurons = read_layout(store).mlp_width
+    if neurons and j >= neurons:
+        raise UsageError(f"There is no neuron {j}; give 0 to {neurons - 1}.")
     counts_FC = reading.histogram(store, block)[j : j + 1]
     cut = reading.quantile_codes(counts_FC, reading.EXEMPLAR_QUANTILE)
     _, _, codes_FXG = reading.exemplar_codes(store, block)
@@ -77,10 +81,14 @@ def class_distances(store: Path, top: int | None, as_json: bool) -> None:
     from rich.console import Console
 
     from classlens.analysis.neurons import class_means as reading
+    from classlens.analysis.neurons.alignment import top_neurons
+    from classlens.analysis.neurons.subject import subject_of_store
 
     with bar("Reading") as progress:
         means = reading.class_means(store, progress)
-    tops = None if top is None else reading.top_key_neurons(store, top)[:, means.classes]
+    tops = None
+    if top is not None:
+        tops = top_neurons(subject_of_store(store), top).neurons[:, means.classes]
     by_block = reading.distance_table(store, means, reading.class_distances(means, tops))
     if as_json:
         click.echo(json.dumps(by_block.to_dicts()))
@@ -95,17 +103,3 @@ def class_distances(store: Path, top: int | None, as_json: bool) -> None:
         numbers = (f"{row[name]:.3f}" for name in ("mean", "running_mean", "smallest"))
         table.add_row(str(row["block"]), *numbers, f"{row['name_a']} · {row['name_b']}")
     Console().print(table)
-
-
-def parse_neuron(text: str, neurons: int) -> tuple[int, int]:
-    """BLOCK:J -> block and index.
-
-    Raises:
-        UsageError: it is not of this form, or a block has not so many neurons.
-    """
-    block, _, j = text.partition(":")
-    if not (block.isdecimal() and j.isdecimal()):
-        raise UsageError(f"--neuron takes BLOCK:J, two whole numbers such as 10:421; got {text!r}.")
-    if neurons and int(j) >= neurons:
-        raise UsageError(f"There is no neuron {j}; give 0 to {neurons - 1}.")
-    return int(block), int(j)

@@ -45,6 +45,18 @@ def chosen_subject(
     )
 
 
+def split_neuron(text: str) -> tuple[int, int]:
+    """BLOCK:J -> block and index.
+
+    Raises:
+        UsageError: it is not of this form.
+    """
+    block, _, j = text.partition(":")
+    if not (block.isdecimal() and j.isdecimal()):
+        raise UsageError(f"--neuron takes BLOCK:J, two whole numbers such as 10:421; got {text!r}.")
+    return int(block), int(j)
+
+
 def parse_neuron(text: str, subject: Subject) -> tuple[int, int]:
     """BLOCK:J of a model -> its block and index.
 
@@ -53,12 +65,10 @@ def parse_neuron(text: str, subject: Subject) -> tuple[int, int]:
     """
     from classlens.analysis.neurons.subject import neuron_count
 
-    block, _, j = text.partition(":")
-    if not (block.isdecimal() and j.isdecimal()):
-        raise UsageError(f"--neuron takes BLOCK:J, two whole numbers, got {text!r}.")
-    if int(block) >= subject.blocks:
+    block, j = split_neuron(text)
+    if block >= subject.blocks:
         raise UsageError(f"There is no block {block}; give 0 to {subject.blocks - 1}.")
-    if int(j) >= neuron_count(subject):
+    if j >= neuron_count(subject):
         last = neuron_count(subject) - 1
         raise UsageError(f"There is no neuron {j} in block {block}; give 0 to {last}.")
-    return int(block), int(j)
+    return block, j

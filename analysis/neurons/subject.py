@@ -47,6 +47,13 @@ def open_subject(
     return subject_of_store(Path(source))
 
 
+def model_name(source: str) -> str:
+    """The timm name of a model, or of the one that a store was made with."""
+    if not Path(source).is_dir():
+        return source
+    return read_attributes(source)["config"]["model"]
+
+
 def subject_of_store(store: Path) -> Subject:
     """The model that a store was made with, with the store's class names; see `open_subject`."""
     import polars as pl

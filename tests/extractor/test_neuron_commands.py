@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from variants import config
 
+from classlens.analysis.neurons.alignment import top_neurons
 from classlens.analysis.neurons.class_means import (
     ClassMeans,
     block_class_means,
@@ -14,8 +15,8 @@ from classlens.analysis.neurons.class_means import (
     class_means,
     distance_table,
     running_mean,
-    top_key_neurons,
 )
+from classlens.analysis.neurons.subject import subject_of_store
 from classlens.cli import cli
 from classlens.extractor.errors import UsageError
 from classlens.extractor.models import load_subject
@@ -77,7 +78,7 @@ def test_commands_on_a_store(make_shards, tmp_path):
     for block in range(3):
         assert np.array_equal(block_class_means(store, block).means, means.means[:, [block]])
     model = load_subject(settings).model.state_dict()
-    tops = top_key_neurons(store, 2)
+    tops = top_neurons(subject_of_store(store), 2).neurons
     for block in range(3):
         products = model["head.weight"].double() @ model[f"blocks.{block}.mlp.fc2.weight"].double()
         assert tops[block].tolist() == products.topk(2).indices.tolist()

@@ -124,6 +124,8 @@ def run_synthesis(
     import polars as pl
     import torch
 
+    from classlens.analysis.neurons.options import chosen_subject
+    from classlens.analysis.neurons.subject import model_name
     from classlens.analysis.neurons.synthesis.folder import Folder
     from classlens.analysis.neurons.synthesis.run import synthesize
     from classlens.analysis.neurons.synthesis.synthesize import Ascent
@@ -137,7 +139,8 @@ def run_synthesis(
         raise UsageError("--neurons names single keys; leave out --classes and topk variants.")
     with spinner("Loading the model, ranking its value vectors"):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        name, subject = _subject(source, weights, model_args)
+        subject = chosen_subject(source, weights, tuple(model_args), None)
+        name = model_name(source)
         _require_cls(subject, name, tokens)
         wanted = numbers(classes or f"0-{subject.space.num_classes - 1}", "--classes")
 
@@ -222,32 +225,6 @@ def parse_neurons(text: str) -> list[tuple[int, int]]:
     if not all(len(part) == 2 and all(n.isdecimal() for n in part) for part in parts):
         raise UsageError(f"--neurons takes BLOCK:INDEX, as 10:56,11:2; got {text!r}.")
     return list(dict.fromkeys((int(block), int(j)) for block, j in parts))
-
-
-def _subject(source: str, weights: str | None, model_args: Sequence[str]) -> tuple[str, Subject]:
-    """The name of the model, and the model: of a store, with its class names, or a timm name."""
-    from dataclasses import replace
-
-    import polars as pl
-
-    from classlens.analysis.values import load_model
-    from classlens.extractor.commands import parse_model_arg
-    from classlens.extractor.config import ExtractConfig
-    from classlens.extractor.models import load_subject
-    from classlens.extractor.schema import CLASSES_FILE, read_attributes
-    from classlens.extractor.value_vectors import require_value_vectors
-
-    if not Path(source).is_dir():
-        arguments = dict(parse_model_arg(argument) for argument in model_args)
-        return source, load_model(source, weights or "pretrained", arguments)
-    if weights is not None or model_args:
-        raise UsageError(f"{source} is a store, which names its model; leave out --weights "
-                         "and --model-arg.")  # fmt: skip
-    config = ExtractConfig.from_json(read_attributes(source)["config"])
-    subject = load_subject(config)
-    require_value_vectors(subject, config.model)
-    names = pl.read_parquet(Path(source) / CLASSES_FILE).sort("class")["name"]
-    return config.model, replace(subject, class_names=tuple(names))
 
 
 def _require_cls(subject: Subject, name: str, tokens: str) -> None:
