@@ -1,17 +1,10 @@
 """Class scoring in bfloat16 on a CPU with AMX: launcher of ``class_scores_amx.cpp``.
 
-The C++ source is compiled when it is first needed, in a second or two, and kept in the user's
-cache folder by a hash of source, compiler and flags.
-
 Shape letters: N images, T tokens, D width, C classes.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import subprocess
-import tempfile
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -19,16 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from classlens.kernels import cpp
 from classlens.kernels.class_scores_torch import empty_scores
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.reductions import compiler
 from classlens.kernels.reference import ClassScores
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mpopcnt", "-mamx-tile", "-mamx-bf16"),
-)
+FLAGS = ("-mamx-tile", "-mamx-bf16")
 PANEL = 32  # classes, and values of the width, of a group of tiles
 
 _packed: WeakKeyDictionary[ClassSpace, Tensor] = WeakKeyDictionary()
@@ -36,7 +26,7 @@ _packed: WeakKeyDictionary[ClassSpace, Tensor] = WeakKeyDictionary()
 
 def amx_found() -> bool:
     """Whether this CPU has AMX for bfloat16 and a C++ compiler is at hand."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and compiler() is not None
+    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and cpp.compiler() is not None
 
 
 def class_scores_amx(
@@ -92,7 +82,7 @@ def _pack(library: ctypes.CDLL, space: ClassSpace) -> Tensor:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build()))
+    library = cpp.load(SOURCE, FLAGS)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.pack_weight.argtypes = [pointer, integer, integer, pointer]
     library.pack_weight.restype = None
@@ -104,28 +94,4 @@ def _library() -> ctypes.CDLL:
     library.request_tiles.restype = ctypes.c_long
     if library.request_tiles() != 0:
         raise RuntimeError("the system grants no AMX tile registers; pass impl='torch'")
-    return library
-
-
-def _build() -> Path:
-    """The compiled library, from the cache folder where it is there already."""
-    command = compiler()
-    if command is None:
-        raise RuntimeError("impl='amx' needs a C++ compiler; install g++, or pass impl='torch'")
-    version = subprocess.run([command, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "classlens"
-    library = cache / f"class_scores_amx-{key[:16]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            draft = Path(folder) / library.name
-            build = [command, *FLAGS, str(SOURCE), "-o", str(draft)]
-            found = subprocess.run(build, capture_output=True, text=True, check=False)
-            if found.returncode != 0:
-                raise RuntimeError(
-                    f"{command} cannot compile {SOURCE.name} ({found.stderr.strip()[-300:]}); "
-                    "pass impl='torch'"
-                )
-            draft.rename(library)  # whole from the first moment, whoever else compiles
     return library

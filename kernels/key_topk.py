@@ -2,7 +2,8 @@
 
     coefficients [..., F] → indices of the k largest, the largest first, equals in index order
 
-`key_topk_reference` is the specification, `key_topk_triton` the kernel for a GPU.
+`key_topk_reference` is the specification, `key_topk_triton` the kernel for a GPU,
+`key_topk_avx512` that for bfloat16 on a CPU.
 
 Shape letters: M rows, F coefficients of a row, K of them kept.
 """
@@ -13,7 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TopkImpl = Literal["auto", "reference", "torch", "triton"]
+from classlens.kernels.key_topk_avx512 import key_topk_avx512
+
+TopkImpl = Literal["auto", "reference", "torch", "triton", "avx512"]
 
 
 def key_topk(
@@ -28,8 +31,10 @@ def key_topk(
         x: any floating dtype; compared as it is, never rounded.
         k: 0 to F.
         impl: "triton" (GPU; under ``TRITON_INTERPRET=1`` also CPU), "torch" (any device),
-            "reference" (a stable sort), or "auto": "triton" for float16, bfloat16 and float32 on a
-            GPU, else "torch". There is no fallback: what cannot run raises.
+            "avx512" (bfloat16 on a CPU with AVX-512 and a C++ compiler; many coefficients tie
+            there, which "torch" is slow at), "reference" (a stable sort), or "auto": "triton" for
+            float16, bfloat16 and float32 on a GPU, else "torch". There is no fallback: what cannot
+            run raises.
 
     Raises:
         ValueError: an argument does not fit; the message says which and what to pass instead.
@@ -47,11 +52,13 @@ def key_topk(
         from classlens.kernels.key_topk_triton import key_topk_triton
 
         best_MK = key_topk_triton(x_MF, k)
+    elif impl == "avx512":
+        best_MK = key_topk_avx512(x_MF, k)
     elif impl == "torch":
         best_MK = _passes(x_MF, k) if x.is_cuda else _partial_sort(x_MF, k)
     else:
         raise ValueError(
-            f"impl={impl!r} is not auto, reference, torch or triton; pass one of these"
+            f"impl={impl!r} is not auto, reference, torch, triton or avx512; pass one of these"
         )
     return best_MK.view(*x.shape[:-1], k)
 

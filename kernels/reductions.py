@@ -4,14 +4,14 @@ Shape letters: M rows of a chunk, C classes, K top classes.
 """
 
 import functools
-import os
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from classlens.kernels import cpp
 
 
 class Reduced(NamedTuple):
@@ -179,13 +179,7 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function)
 
 
-def compiler() -> str | None:
-    """The C++ compiler at hand: ``$CXX``, g++ or clang++."""
-    names = (os.environ.get("CXX", ""), "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
 def compiler_found(device: torch.device) -> bool:
     """Whether torch.compile can build code for this device: a GPU needs Triton, a CPU a C++
     compiler."""
-    return device.type == "cuda" or compiler() is not None
+    return device.type == "cuda" or cpp.compiler() is not None

@@ -114,6 +114,8 @@ class MemoriesReducer:
         coefficients or the output are not finite.
         """
         labels = targets.labels
+        # A CPU that scores with AMX has AVX-512 too.
+        topk_impl = "avx512" if self.impl == "amx" else "auto"
         by_class = {"": labels, "_control": control_classes(targets, self.space.num_classes)}
 
         def top1(sites: Mapping[str, Tensor], sublayer: str) -> Tensor:
@@ -126,7 +128,7 @@ class MemoriesReducer:
         def flags(block: int, sites: Mapping[str, Tensor], sublayer: str) -> Tensor:
             tables, coefficients = self.tables[block][sublayer], sites[f"key_{sublayer}"]
             width = coefficients.shape[-1]
-            top_NTK = key_topk(coefficients, min(KEPT, width))
+            top_NTK = key_topk(coefficients, min(KEPT, width), impl=topk_impl)
             top1_NT = top1(sites, sublayer)
             invalid_NT = (top_NTK[..., 0] == width) | (top1_NT == self.space.num_classes)
             top_NTK = top_NTK.clamp_(max=width - 1)

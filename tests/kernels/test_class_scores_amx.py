@@ -15,7 +15,7 @@ from scoring_cases import (
     spoil_rows,
 )
 
-from classlens.kernels import class_scores_amx
+from classlens.kernels import cpp
 from classlens.kernels.class_scores import class_scores
 from classlens.kernels.class_scores_amx import amx_found
 from classlens.kernels.class_space import ClassSpace
@@ -99,26 +99,10 @@ def test_other_products_in_tiles_are_left_alone() -> None:
         assert_equal_scores(actual, specification(x, space, labels, 1))
 
 
-@needs_amx
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = class_scores_amx._build()
-    first = built.stat().st_mtime_ns
-    assert class_scores_amx._build() == built
-    assert built.stat().st_mtime_ns == first
-    monkeypatch.setattr(class_scores_amx, "FLAGS", (*class_scores_amx.FLAGS, "-DOTHER"))
-    assert class_scores_amx._build() != built
-    monkeypatch.setattr(class_scores_amx, "FLAGS", ("-no-such-flag",))
-    with pytest.raises(RuntimeError, match=r"cannot compile class_scores_amx\.cpp"):
-        class_scores_amx._build()
-
-
 def test_errors_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     space, labels = exact_space(10, 6, torch.float32, bias=True), torch.tensor([0])
     unchecked = inspect.unwrap(class_scores)
     with pytest.raises(ValueError, match="takes bfloat16 on a CPU"):
         unchecked(torch.zeros(1, 2, 6), space, labels, impl="amx")
-    monkeypatch.setattr(class_scores_amx, "compiler", lambda: None)
+    monkeypatch.setattr(cpp, "compiler", lambda: None)
     assert not amx_found()
-    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler"):
-        class_scores_amx._build()

@@ -3,6 +3,7 @@ import torch
 from topk_cases import hostile_rows, naive_topk
 
 from classlens.kernels import key_topk as module
+from classlens.kernels.class_scores_amx import amx_found
 from classlens.kernels.key_topk import key_topk
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -17,6 +18,18 @@ def test_equals_a_plain_sort(impl: str, dtype: torch.dtype, width: int, k: int) 
     actual = key_topk(x, k, impl=impl)
     assert actual.dtype == torch.int32
     assert actual.tolist() == naive_topk(x, k)
+
+
+@pytest.mark.skipif(not amx_found(), reason="needs AVX-512 and a C++ compiler")
+@pytest.mark.parametrize("k", [0, 1, 5])
+@pytest.mark.parametrize("width", [5, 16, 48, 771, 3072, 65_536])  # a vector has 16
+def test_avx512_equals_a_plain_sort(width: int, k: int, poisoned_empty: list[torch.Tensor]) -> None:
+    x = hostile_rows(width, torch.bfloat16)
+    assert key_topk(x, k, impl="avx512").tolist() == naive_topk(x, k)
+    assert poisoned_empty
+    turned = x[:10].view(2, 5, width).transpose(0, 1)
+    expected = key_topk(x[:10], k).view(2, 5, k).transpose(0, 1)
+    assert torch.equal(key_topk(turned, k, impl="avx512"), expected)
 
 
 def test_passes_alone_equal_a_plain_sort(poisoned_empty: list[torch.Tensor]) -> None:
@@ -56,6 +69,10 @@ def test_errors_name_the_remedy() -> None:
     x = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"k=5 is not in \[0, 4\]"):
         key_topk(x, 5)
+    with pytest.raises(ValueError, match="takes bfloat16 on a CPU, up to 65,536 coefficients"):
+        key_topk(x, 1, impl="avx512")
+    with pytest.raises(ValueError, match=r"not 65,537 in torch.bfloat16 on cpu; pass impl='torch'"):
+        key_topk(torch.zeros(1, 65_537, dtype=torch.bfloat16), 1, impl="avx512")
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match="needs a GPU; pass impl='torch'"):
         key_topk(x, 1, impl="triton")
