@@ -1,10 +1,14 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from samples import Sample, sample, write_tar
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
