@@ -88,9 +88,8 @@ def rivals(
     Both read the same generated photographs of 500 x 375 pixels as JPEG, resize them to the same
     pixels and run the same random weights on the CPU, with the same number of threads for torch,
     each in a process of its own. Timed is the extraction from image files to files of results;
-    loading the model is not, nor is the first round, in which ours compiles where it can, as in a
-    run of thousands of images. Ours has threads of its own beside torch's that decode and write;
-    theirs does one thing after another.
+    loading the model is not, nor is the first round. Ours has threads of its own beside torch's
+    that decode and write; theirs does one thing after another.
 
     "authors" is their extractor as it runs for a pretrained model: beside the scores it saves
     attention maps, keys, values and MLP keys. "authors-scores" leaves those out and so keeps what
@@ -105,13 +104,10 @@ def rivals(
     the images must be the same pixels, every rank of ours must lie in the bracket, and in float32
     most ranks must be equal.
     """
-    import torch
-
     from classlens.bench.machine import machine_facts
     from classlens.bench.result import print_result
     from classlens.extractor.config import ExtractConfig
     from classlens.extractor.console import status as spinner
-    from classlens.kernels.reductions import compiler_found
 
     if images % IMAGES_PER_CLASS or images % batch_size:
         raise UsageError(
@@ -130,7 +126,6 @@ def rivals(
                 streams=tuple(STREAMS),
                 dtype=dtype,  # pyright: ignore[reportArgumentType]
                 batch_size=batch_size,
-                compile=compiler_found(torch.device("cpu")),
             )
             for dtype in dict.fromkeys(dtypes)
         ]
