@@ -265,18 +265,19 @@ def _rate_table(results: pl.DataFrame) -> Table:
 
     table = _table(
         "What the model takes the images for, untransformed",
-        "re-classified: taken for the target's class, with 95% Wilson interval; coeff.: mean over "
-        "keys and patches, before the GELU; alike: Gram similarity of a target's images",
+        "n: images; re-classified: % taken for the target's class [95% Wilson interval]; coeff.: "
+        "mean over keys and patches, before the GELU; alike: Gram similarity of a target's images; "
+        "s: seconds an image",
     )
     for header in (
         "variant",
         "steps",
-        "images",
+        "n",
         "re-classified",
         "top 5",
         "coeff.",
         "alike",
-        "s/image",
+        "s",
     ):
         table.add_column(header, justify="left" if header == "variant" else "right", no_wrap=True)
     for row in rates(results).iter_rows(named=True):
@@ -285,8 +286,8 @@ def _rate_table(results: pl.DataFrame) -> Table:
             row["variant"],
             f"{row['steps']:,}",
             f"{row['images']:,}",
-            f"{row['share']:.1%} \\[{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
-            f"{row['top5']:.1%}",
+            f"{100 * row['share']:.0f} \\[{100 * row['low']:.0f}, {100 * row['high']:.0f}]",
+            f"{row['top5']:.0%}",
             f"{row['activation']:.2f}",
             "" if alike is None else f"{alike:.3f}",
             f"{row['seconds']:.1f}",
