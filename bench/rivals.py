@@ -88,8 +88,9 @@ def rivals(
     Both read the same generated photographs of 500 x 375 pixels as JPEG, resize them to the same
     pixels and run the same random weights on the CPU, with the same number of threads for torch,
     each in a process of its own. Timed is the extraction from image files to files of results;
-    loading the model is not, nor is the first round. Ours has threads of its own beside torch's
-    that decode and write; theirs does one thing after another.
+    loading the model is not, nor is the first round. Ours is compiled where there is a compiler, as
+    a long run is, and has threads of its own beside torch's that decode and write; theirs does one
+    thing after another.
 
     "authors" is their extractor as it runs for a pretrained model: beside the scores it saves
     attention maps, keys, values and MLP keys. "authors-scores" leaves those out and so keeps what
@@ -104,10 +105,13 @@ def rivals(
     the images must be the same pixels, every rank of ours must lie in the bracket, and in float32
     most ranks must be equal.
     """
+    import torch
+
     from classlens.bench.machine import machine_facts
     from classlens.bench.result import print_result
     from classlens.extractor.config import ExtractConfig
     from classlens.extractor.console import status as spinner
+    from classlens.kernels.reductions import compiler_found
 
     if images % IMAGES_PER_CLASS or images % batch_size:
         raise UsageError(
@@ -118,6 +122,7 @@ def rivals(
     check_interpreter(reference_python)
     with tempfile.TemporaryDirectory() as name, spinner("Measuring"):
         folder = Path(name)
+        compiles = compiler_found(torch.device("cpu"))
         configs = [
             ExtractConfig(
                 model=MODELS[model],
@@ -126,6 +131,7 @@ def rivals(
                 streams=tuple(STREAMS),
                 dtype=dtype,  # pyright: ignore[reportArgumentType]
                 batch_size=batch_size,
+                compile=compiles,
             )
             for dtype in dict.fromkeys(dtypes)
         ]

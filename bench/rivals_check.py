@@ -149,18 +149,18 @@ def rank_brackets(
     import numpy as np
     import torch
 
-    from classlens.extractor.blocks import walk
     from classlens.extractor.engine import make_scorer
     from classlens.kernels.bounds import rank_bracket
 
     config = prepared.config
     scorer, space = make_scorer(prepared), prepared.subject.space
     low, high = [], []
-    size = config.batch_size  # another batch size would round the activations in another way
+    # Another batch size, or an eager walk beside a compiled one, would round in another way.
+    size = config.batch_size
     for batch, batch_labels in zip(pixels.split(size), labels.split(size), strict=True):
         brackets_L = []
         with torch.inference_mode():
-            for _, sites in walk(scorer.model, scorer.images(batch), config.convention):
+            for _, sites in scorer.walk(batch):
                 x_NSTD = torch.stack([sites[s] for s in config.streams], dim=1)
                 bracket = rank_bracket(
                     x_NSTD.flatten(1, 2),

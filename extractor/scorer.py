@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from classlens.extractor.blocks import block_sites, walk
+from classlens.extractor.blocks import Sites, block_sites, walk
 from classlens.extractor.interventions import Intervention
 from classlens.extractor.models import Subject, predict
 from classlens.extractor.reducers.protocol import FOUND_PREFIX, Accumulator, Reducer, Targets
@@ -59,6 +59,12 @@ class Scorer:
         planes = pixels.to(self.device).permute(0, 3, 1, 2).float()
         return (planes * self._scale + self._shift).to(self.dtype)
 
+    def walk(self, pixels: Tensor, kept: Tensor | None = None) -> Iterator[tuple[int, Sites]]:
+        """`classlens.extractor.blocks.walk` over a batch as `score` takes it, sites and all."""
+        attends = self.intervention and self.intervention.attends(kept)
+        images = self.images(pixels)
+        return walk(self.model, images, self.convention, self.sites, self._block_sites, attends)
+
     @torch.inference_mode()
     def score(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Scores a batch.
@@ -78,10 +84,7 @@ class Scorer:
         reducers = [reducer.for_batch(targets) for reducer in self.reducers]
         accumulate = None if self.accumulator is None else self.accumulator.for_batch(targets)
         x, result = None, dict[str, Tensor]()
-        images = self.images(pixels)
-        attends = self.intervention and self.intervention.attends(targets.kept)
-        blocks = walk(self.model, images, self.convention, self.sites, self._block_sites, attends)
-        for block, sites in blocks:
+        for block, sites in self.walk(pixels, targets.kept):
             x = sites["resid"]
             found: dict[str, Tensor] = {}
             for reduce in reducers:

@@ -12,11 +12,10 @@ from variants import config
 
 from classlens.analysis.neurons import class_means, exemplars
 from classlens.extractor.blocks import walk
+from classlens.extractor.engine import make_engine
 from classlens.extractor.errors import ModelError, UsageError
-from classlens.extractor.models import load_subject
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract
-from classlens.extractor.scorer import Scorer
 from classlens.extractor.store import verify
 
 BATCH = 4
@@ -31,12 +30,10 @@ def activations(
 ) -> tuple[np.ndarray, pl.DataFrame]:
     """key_mlp of all images at patches, float32 [N, L, G, F], in batches as the run's; manifest.
 
-    ``keeps`` gives the rows that stay of a batch of normalised images.
+    ``keeps`` gives the rows that stay of a batch, by its normalised images.
     """
     prepared = prepare(configured, shards)
-    subject = load_subject(configured)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[configured.dtype]
-    scorer = Scorer(subject, [], dtype=dtype, device="cpu", convention="corrected")
+    subject, scorer = prepared.subject, make_engine(prepared).scorer
     found = []
     for unit in prepared.plan.units:
         rows = prepared.plan.manifest.filter(pl.col("unit") == unit.index)
@@ -48,9 +45,8 @@ def activations(
                     image = Image.open(io.BytesIO(file.read(row["size"]))).convert("RGB")
                     pixels.append(np.asarray(subject.geometry.crop(image)))
             with torch.inference_mode():
-                images = scorer.images(torch.from_numpy(np.stack(pixels)))
-                images = images[keeps(images)]
-                blocks = walk(scorer.model, images, "corrected", frozenset({"key_mlp"}))
+                batch = torch.from_numpy(np.stack(pixels))
+                blocks = scorer.walk(batch[keeps(scorer.images(batch))])
                 keys = [sites["key_mlp"][:, len(subject.prefix_kinds) :] for _, sites in blocks]
             found.append(torch.stack(keys, dim=1).float().numpy())
     return np.concatenate(found), prepared.plan.manifest
@@ -72,12 +68,22 @@ def slow_exemplars(peaks, images) -> list[tuple[float, int]]:
     return sorted(zip(peaks, images, strict=True), key=lambda pair: (-pair[0], pair[1]))[:15]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_everything_equals_brute_force(make_shards, tmp_path, dtype):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"certify": True},
+        {"compile": True},
+        {"intervene": "self-only", "intervene_blocks": (1,)},
+    ],
+    ids=str,
+)
+def test_everything_equals_brute_force(make_shards, tmp_path, changes):
     shards = [str(s) for s in make_shards((13, 9), change=same_picture_twice)]
     out = tmp_path / "store"
-    assert extract(prepare(settings(dtype=dtype), shards), out).status == {"ok": 22}
-    x_NLGF, manifest = activations(settings(dtype=dtype), shards)
+    assert extract(prepare(settings(**changes), shards), out).status == {"ok": 22}
+    x_NLGF, manifest = activations(settings(**changes), shards)
     N, L, G, F = x_NLGF.shape
     images, labels = manifest["image"].to_numpy(), manifest["label"].to_numpy()
     codes = np.vectorize(slow_code, otypes=[np.uint8])(x_NLGF)
