@@ -275,6 +275,7 @@ def measure(
             **fixed,
             "dtype": config.dtype,
             "batch_size": config.batch_size,
+            "compiled": bool(config.compile),
             **rival.figures(images, authors_s),
             **checked,
         }
