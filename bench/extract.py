@@ -76,7 +76,7 @@ def extract(
     rows = []
     with spinner("Measuring"):
         for dtype in dtypes or ("float32" if on_cpu else "float16",):
-            for compiled in (False, True) if both else (bool(compile),):
+            for compiled in (False, True) if both else (compile,):
                 for certified in (False, True) if certify else (False,):
                     for kept in ((), reduce) if reduce else ((),):
                         facts = {"dtype": dtype, "compile": compiled, "certify": certified}

@@ -122,7 +122,7 @@ def rivals(
     check_interpreter(reference_python)
     with tempfile.TemporaryDirectory() as name, spinner("Measuring"):
         folder = Path(name)
-        compiles = compiler_found(torch.device("cpu"))
+        compiles = compiler_found(torch.device("cpu")) or None
         configs = [
             ExtractConfig(
                 model=MODELS[model],

@@ -92,7 +92,8 @@ def make_scorer(prepared: Prepared) -> Scorer:
         reducers.append(memories_reducer(prepared, space, impl))
     if "attribution" in config.reduce:
         reducers.append(attribution_reducer(prepared))
-    neurons = NeuronsAccumulator(len(subject.prefix_kinds))
+    sums_impl = "avx512" if impl == "amx" else "torch"
+    neurons = NeuronsAccumulator(len(subject.prefix_kinds), sums_impl)
     return Scorer(
         subject,
         reducers,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+CODES = 256
 OFFSET = 0.125
 SUB_BITS, BASE, LARGEST = 19, 1984, 127  # 1984 = bits of 0.125 >> 19
 

@@ -19,6 +19,8 @@
 #include <limits>
 #include <memory>
 
+#include "threads.hpp"
+
 namespace {
 
 constexpr int TILE_ROWS = 16;    // rows of a tile register
@@ -244,18 +246,16 @@ void pack_weight(const uint16_t* weight, int64_t classes, int64_t width, uint16_
 // classes C, and NaN.
 void class_scores(const uint16_t* x, int64_t rows, int64_t width, const uint16_t* packed,
                   const float* bias, int64_t classes, float eps, const int32_t* labels,
-                  int64_t tokens, int64_t kept, int32_t* rank, float* label_logit,
-                  float* logsumexp, int32_t* topk) {
+                  int64_t tokens, int64_t kept, int64_t threads, int32_t* rank,
+                  float* label_logit, float* logsumexp, int32_t* topk) {
     const int64_t depth = (width + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
     const int64_t padded = (classes + PANEL - 1) / PANEL * PANEL;
-#pragma omp parallel
-    {
+    on_threads(threads, [=](auto next) {
         const Tiles configured;
         const auto tiles = buffer<uint16_t>(BLOCK * depth);
         const auto products = buffer<float>(BLOCK * padded);
         float rstd[BLOCK];
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < rows; first += BLOCK) {
+        for (int64_t first; (first = next() * BLOCK) < rows;) {
             const int count = static_cast<int>(rows - first < BLOCK ? rows - first : BLOCK);
             pack_rows(x + first * width, count, width, depth, eps, tiles.get(), rstd);
             multiply(tiles.get(), packed, depth, padded, products.get());
@@ -282,7 +282,7 @@ void class_scores(const uint16_t* x, int64_t rows, int64_t width, const uint16_t
                 }
             }
         }
-    }
+    });
 }
 
 }  // extern "C"

@@ -64,6 +64,7 @@ def class_scores_amx(
         labels.data_ptr(),
         x.shape[1],
         topk,
+        torch.get_num_threads(),
         out.rank.data_ptr(),
         out.label_logit.data_ptr(),
         None if out.logsumexp is None else out.logsumexp.data_ptr(),
@@ -88,7 +89,7 @@ def _library() -> ctypes.CDLL:
     library.pack_weight.restype = None
     library.class_scores.argtypes = [
         *(pointer, integer, integer, pointer, pointer, integer, ctypes.c_float),
-        *(pointer, integer, integer, pointer, pointer, pointer, pointer),
+        *(pointer, integer, integer, integer, pointer, pointer, pointer, pointer),
     ]
     library.class_scores.restype = None
     library.request_tiles.restype = ctypes.c_long

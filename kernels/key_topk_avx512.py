@@ -32,7 +32,8 @@ def key_topk_avx512(x_MF: Float[Tensor, "M F"], k: int) -> Int[Tensor, "M K"]:
         )
     x_MF = x_MF.contiguous()
     best_MK = torch.empty(rows, k, dtype=torch.int32)
-    _library().key_topk(x_MF.data_ptr(), rows, width, k, best_MK.data_ptr())
+    threads = torch.get_num_threads()
+    _library().key_topk(x_MF.data_ptr(), rows, width, k, threads, best_MK.data_ptr())
     return best_MK
 
 
@@ -40,6 +41,6 @@ def key_topk_avx512(x_MF: Float[Tensor, "M F"], k: int) -> Int[Tensor, "M K"]:
 def _library() -> ctypes.CDLL:
     library = cpp.load(SOURCE)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.key_topk.argtypes = [pointer, integer, integer, integer, pointer]
+    library.key_topk.argtypes = [pointer, integer, integer, integer, integer, pointer]
     library.key_topk.restype = None
     return library

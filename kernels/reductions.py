@@ -180,6 +180,6 @@ def compiled(function: Callable) -> Callable:
 
 
 def compiler_found(device: torch.device) -> bool:
-    """Whether torch.compile can build code for this device: a GPU needs Triton, a CPU a C++
-    compiler."""
-    return device.type == "cuda" or cpp.compiler() is not None
+    """Whether torch.compile can build code for this device: a GPU needs Triton, a CPU the system's
+    C++ compiler."""
+    return device.type == "cuda" or cpp.system_compiler() is not None

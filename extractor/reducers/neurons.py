@@ -32,8 +32,9 @@ from torch import Tensor
 from classlens.extractor.reducers.drawing import drawn_patches
 from classlens.extractor.reducers.exemplars import merge_exemplars
 from classlens.extractor.reducers.protocol import Found, Reduce, Targets, UnitPart
-from classlens.extractor.schema import CODES, EXEMPLARS, MEAN_UNIT
+from classlens.extractor.schema import EXEMPLARS, MEAN_UNIT
 from classlens.kernels.activation_codes import activation_codes
+from classlens.kernels.neuron_sums import SumsImpl, neuron_sums
 
 if TYPE_CHECKING:
     from classlens.extractor.shards import Decoded
@@ -41,15 +42,17 @@ if TYPE_CHECKING:
 COUNT_ALL, SAMPLED_PATCHES = 64, 32
 LARGEST_MEAN = 2.0**24
 """Means are clipped there, so that sums over a million images fit int64."""
-COUNTED_AT_ONCE = 1 << 22
-"""Activations whose codes are counted at once: they should not leave the caches."""
 
 
 @dataclass(frozen=True)
 class NeuronsAccumulator:
-    """Exemplars, class averages and histograms of every neuron. prefix: number of prefix tokens."""
+    """Exemplars, class averages and histograms of every neuron.
+
+    prefix: number of prefix tokens. impl: of `classlens.kernels.neuron_sums.neuron_sums`.
+    """
 
     prefix: int
+    impl: SumsImpl = "torch"
 
     @property
     def sites(self) -> Set[str]:
@@ -71,12 +74,14 @@ class NeuronsAccumulator:
             if tokens_NS is None:
                 tokens_NS = self._tokens_to_count(targets, x_NTF.shape[1])
             patches_NGF = x_NTF[:, self.prefix :]
-            peak_NF, mean_NF = _peak_and_mean(patches_NGF)
+            peak_NF, mean_NF, histogram_FC = neuron_sums(
+                x_NTF, self.prefix, tokens_NS, impl=self.impl
+            )
             floor_F = None if targets.floor is None else targets.floor[block]
             image_P, neuron_P = _candidates(peak_NF, floor_F)
             return {
                 "mean": mean_NF,
-                "histogram": _histogram(x_NTF, tokens_NS),
+                "histogram": histogram_FC,
                 "image": image_P,
                 "neuron": neuron_P,
                 "value": peak_NF[image_P, neuron_P],
@@ -127,17 +132,6 @@ class NeuronsAccumulator:
         return drawn_patches(targets.keys, patches, SAMPLED_PATCHES) + self.prefix
 
 
-def _peak_and_mean(patches_NGF: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest activation of each image over its patches and their mean, float32 [N, F]."""
-    if patches_NGF.device.type != "cpu" or patches_NGF.dtype == torch.float32:
-        return patches_NGF.amax(dim=1).float(), patches_NGF.mean(dim=1, dtype=torch.float32)
-    # A CPU converts an image once, and both reductions find it in the caches.
-    images = (patches_GF.float() for patches_GF in patches_NGF)
-    parts = [(patches_GF.amax(dim=0), patches_GF.mean(dim=0)) for patches_GF in images]
-    peak_NF, mean_NF = (torch.stack(part) for part in zip(*parts, strict=True))
-    return peak_NF, mean_NF
-
-
 def _candidates(peak_NF: Tensor, floor_F: Tensor | None) -> tuple[Tensor, Tensor]:
     """The pairs of image and neuron that may be among the unit's exemplars, int64 [P] each.
 
@@ -150,18 +144,3 @@ def _candidates(peak_NF: Tensor, floor_F: Tensor | None) -> tuple[Tensor, Tensor
         may_NF &= peak_NF > floor_F
     image_P, neuron_P = may_NF.nonzero(as_tuple=True)
     return image_P, neuron_P
-
-
-def _histogram(x_NTF: Tensor, tokens_NS: Tensor) -> Tensor:
-    """How many of the chosen activations have each code, int32 [F, C]."""
-    N, S = tokens_NS.shape
-    F = x_NTF.shape[-1]
-    first_F = torch.arange(F, dtype=torch.int32, device=x_NTF.device) * CODES
-    counts = torch.zeros(F * CODES, dtype=torch.int32, device=x_NTF.device)
-    at_once = max(1, COUNTED_AT_ONCE // (S * F))
-    for start in range(0, N, at_once):
-        images = torch.arange(start, min(start + at_once, N), device=x_NTF.device)
-        codes_NSF = activation_codes(x_NTF[images[:, None], tokens_NS[images]])
-        places = (codes_NSF.int() + first_F).flatten()
-        counts += torch.bincount(places, minlength=len(counts))
-    return counts.view(F, CODES)

@@ -1,16 +1,18 @@
 """C++ sources are compiled once, and what goes wrong is said."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from classlens.kernels import class_scores_amx, cpp, key_topk_avx512
+from classlens.kernels import class_scores_amx, cpp, key_topk_avx512, neuron_sums_avx512
 from classlens.kernels.reductions import compiler_found
 
 SOURCES = [
     (class_scores_amx.SOURCE, (*cpp.FLAGS, *class_scores_amx.FLAGS)),
     (key_topk_avx512.SOURCE, cpp.FLAGS),
+    (neuron_sums_avx512.SOURCE, cpp.FLAGS),
 ]
 needs_compiler = pytest.mark.skipif(cpp.compiler() is None, reason="needs a C++ compiler")
 
@@ -28,6 +30,7 @@ def test_a_source_is_compiled_once_without_a_warning(
         "-Wextra",
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
+        "-Wno-unknown-warning-option",  # Clang knows not the one before
         "-Werror",
     )
     built = cpp.build(source, strict)
@@ -43,8 +46,19 @@ def test_a_source_is_compiled_once_without_a_warning(
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cpp.compiler() is None
     assert not compiler_found(torch.device("cpu"))
     assert compiler_found(torch.device("cuda"))
-    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler; install g\+\+"):
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler; install g\+\+ or the ziglang"):
         cpp.load(key_topk_avx512.SOURCE)
+
+
+def test_the_ziglang_package_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "ziglang")
+    monkeypatch.setenv("CXX", sys.executable)
+    assert cpp.compiler() == [cpp.system_compiler()] == [sys.executable]
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    assert cpp.compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    assert not compiler_found(torch.device("cpu"))

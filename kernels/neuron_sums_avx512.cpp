@@ -1,0 +1,107 @@
+// Peaks, means and histograms of codes of every neuron, bfloat16 on CPUs with AVX-512. Compiled and
+// called by neuron_sums_avx512.py; activation_codes.py says what a code is.
+//
+// Images are shared among the threads for peaks and means, neurons for the histograms: so no two
+// threads write the same place, and a group's histograms stay in the second-level cache.
+//
+// Letters: N images, T tokens, P of them before the patches, F neurons, S tokens counted of an image.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "threads.hpp"
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int AT_ONCE = 4;  // rows of a pass, so that peaks and sums move less often
+constexpr int64_t CODES = 256;
+constexpr int64_t GROUP = 256;  // neurons whose histograms a thread fills, 256 kB
+constexpr int SUB_BITS = 19, BASE = 1984, LARGEST = 127;  // as in activation_codes.py
+
+__mmask16 lanes_below(int64_t bound, int64_t first) {
+    if (bound >= first + LANES) return 0xFFFF;
+    return static_cast<__mmask16>((1u << (bound - first)) - 1);
+}
+
+__m512 widened(__mmask16 inside, const uint16_t* bf16) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(inside, bf16);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The codes of 16 values, one a lane.
+__m512i codes_of(__m512 value) {
+    const __mmask16 negative =
+        _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 shifted = _mm512_add_ps(_mm512_abs_ps(value), _mm512_set1_ps(0.125f));
+    __m512i m = _mm512_srli_epi32(_mm512_castps_si512(shifted), SUB_BITS);
+    m = _mm512_sub_epi32(m, _mm512_set1_epi32(BASE));
+    m = _mm512_min_epu32(m, _mm512_set1_epi32(LARGEST));  // of NaN too
+    const __m512i above = _mm512_add_epi32(m, _mm512_set1_epi32(LARGEST + 1));
+    return _mm512_mask_sub_epi32(above, negative, _mm512_set1_epi32(LARGEST), m);
+}
+
+// Adds ROWS rows to what peak and sum hold.
+template <int ROWS>
+void take(const uint16_t* rows, int64_t width, float* peak, float* sum) {
+    for (int64_t f = 0; f < width; f += LANES) {
+        const __mmask16 inside = lanes_below(width, f);
+        __m512 largest = _mm512_maskz_loadu_ps(inside, peak + f);
+        __m512 total = _mm512_maskz_loadu_ps(inside, sum + f);
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512 value = widened(inside, rows + r * width + f);
+            largest = _mm512_max_ps(value, largest);
+            total = _mm512_add_ps(total, value);
+        }
+        _mm512_mask_storeu_ps(peak + f, inside, largest);
+        _mm512_mask_storeu_ps(sum + f, inside, total);
+    }
+}
+
+void peak_and_mean_of(const uint16_t* patches, int64_t count, int64_t width, float* peak,
+                      float* mean) {
+    std::fill_n(peak, width, -std::numeric_limits<float>::infinity());
+    std::fill_n(mean, width, 0.0f);
+    int64_t g = 0;
+    for (; g + AT_ONCE <= count; g += AT_ONCE) take<AT_ONCE>(patches + g * width, width, peak, mean);
+    for (; g < count; ++g) take<1>(patches + g * width, width, peak, mean);
+    for (int64_t f = 0; f < width; ++f) mean[f] /= static_cast<float>(count);
+}
+
+}  // namespace
+
+extern "C" {
+
+// x: bfloat16 [N, T, F]. counted: [N, S], in [0, T). peak, mean: [N, F], over the tokens from P on.
+// histogram: [F, CODES], zeros before.
+void neuron_sums(const uint16_t* x, int64_t images, int64_t tokens, int64_t prefix, int64_t width,
+                 const int32_t* counted, int64_t samples, int64_t threads, float* peak,
+                 float* mean, int32_t* histogram) {
+    on_threads(threads, [=](auto next) {
+        for (int64_t n; (n = next()) < images;)
+            peak_and_mean_of(x + (n * tokens + prefix) * width, tokens - prefix, width,
+                             peak + n * width, mean + n * width);
+    });
+    on_threads(threads, [=](auto next) {
+        alignas(64) int32_t codes[LANES];
+        for (int64_t first; (first = next() * GROUP) < width;) {
+            const int64_t last = std::min(first + GROUP, width);
+            for (int64_t n = 0; n < images; ++n)
+                for (int64_t s = 0; s < samples; ++s) {
+                    const uint16_t* row = x + (n * tokens + counted[n * samples + s]) * width;
+                    for (int64_t f = first; f < last; f += LANES) {
+                        const __m512 value = widened(lanes_below(last, f), row + f);
+                        _mm512_store_si512(codes, codes_of(value));
+                        const int64_t lanes = std::min<int64_t>(LANES, last - f);
+                        for (int64_t i = 0; i < lanes; ++i)
+                            ++histogram[(f + i) * CODES + codes[i]];
+                    }
+                }
+        }
+    });
+}
+
+}  // extern "C"
