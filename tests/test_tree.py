@@ -92,7 +92,7 @@ def test_the_readmes_tree_is_the_tree():
         str(path.relative_to(ROOT))
         for layer in LAYERS
         for path in (ROOT / layer).rglob("*")
-        if path.suffix in {".py", ".cpp", ".html", ".css", ".js", ".toml", ".safetensors"}
+        if path.suffix in {".py", ".cpp", ".hpp", ".html", ".css", ".js", ".toml", ".safetensors"}
         and path.name != "__init__.py"
     }
     assert {path for path in listed if not path.endswith("/")} == tracked | {"cli.py"}

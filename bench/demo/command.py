@@ -14,7 +14,7 @@ from classlens.extractor.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from classlens.bench.demo.numbers_data import Split
+    from classlens.bench.demo.prints_data import Split
     from classlens.extractor.config import ExtractConfig
 
 IMAGES_PER_CLASS = 5
@@ -35,7 +35,7 @@ CROP_PCT = 1.0
 def demo(out: Path) -> None:
     """The whole path on data that ships with it: shards, extraction, query, report.
 
-    Draws labelled images (two-digit numbers over photographs, with segmentation masks), scores
+    Draws labelled images (printed cloths over photographs, with segmentation masks), scores
     every token of a small trained Vision Transformer and of the same model with random weights,
     verifies both stores, prints how identifiability rises over the blocks, and writes report.html.
     Run again, it resumes what is unfinished.
@@ -99,7 +99,7 @@ def draw_shards(
     Raises:
         UsageError: the folder cannot be written.
     """
-    from classlens.bench.demo.numbers_data import CLASS_NAMES
+    from classlens.bench.demo.prints_data import CLASS_NAMES
     from classlens.extractor.pack import write_shards
 
     classes = len(CLASS_NAMES)
@@ -163,14 +163,14 @@ def print_evolution(scores: dict) -> None:
 def _sample(split: Split, label: int, seed: int) -> dict[str, str | bytes]:
     import numpy as np
 
-    from classlens.bench.demo.numbers_data import draw
+    from classlens.bench.demo.prints_data import CLASS_NAMES, draw
 
     pixels, mask = draw(split, label, seed)
     mask_id = label + 1
     ids = np.zeros((*mask.shape, 3), np.uint8)
     ids[mask, 0] = mask_id
     return {
-        "__key__": f"{split}-number{label:02d}-{seed}",
+        "__key__": f"{split}-{CLASS_NAMES[label]}-{seed}",
         "jpg": _encoded(pixels, "JPEG", quality=JPEG_QUALITY),
         "cls": str(label).encode(),
         "json": json.dumps({"mask_id": mask_id}).encode(),

@@ -1,6 +1,7 @@
 """Why the attribution loses to chance on the demo's model in the negative test.
 
-The study's page gives these reasons where the paper's claim is contradicted; here they are shown.
+It is no slip: the relevance is the gradient that autograd gives. That says what more attention to a
+patch would do, not how much it gets; multiplied by the attention of CLS it beats chance.
 """
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from classlens.analysis.perturbation import summarise
 from classlens.bench.demo.command import demo_config
 from classlens.bench.demo.model_card import WEIGHTS
-from classlens.bench.demo.numbers_data import draw
+from classlens.bench.demo.prints_data import draw
 from classlens.extractor.blocks import walk
 from classlens.extractor.models import load_subject
 from classlens.extractor.perturb import kept_counts, perturb_batch
@@ -74,14 +75,14 @@ def test_the_closed_form_is_the_gradient():
 
 
 @pytest.mark.slow
-def test_neither_the_true_mask_beats_chance_and_attention_makes_the_difference():
+def test_the_true_mask_beats_chance_and_attention_makes_the_difference():
     scorer, pictures = make_scorer(torch.float32), make_pictures(500)
     gradients, attention = by_autograd(scorer, pictures)
     alone = beats_chance(scorer, pictures, gradients.sum(dim=(0, 2)))
     assert alone["negative"][1] < 0  # the whole interval: worse than chance
     assert alone["positive"][0] > 0
     masked = beats_chance(scorer, pictures, torch.from_numpy(pictures.mask_fraction.copy()))
-    assert masked["negative"][1] < 0
+    assert masked["negative"][0] > 0
     assert masked["positive"][0] > 0
     weighted = beats_chance(scorer, pictures, (gradients * attention).sum(dim=(0, 2)))
     assert weighted["negative"][0] > 0

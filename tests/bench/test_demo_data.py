@@ -9,17 +9,17 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits, load_sample_images
+from scipy.ndimage import binary_erosion
+from sklearn.datasets import load_sample_images
 
-from classlens.bench.demo import numbers_data
+from classlens.bench.demo import prints_data
 from classlens.bench.demo.model_card import MEAN, MODEL_ARGS, MODEL_NAME, STD, WEIGHTS
-from classlens.bench.demo.numbers_data import (
+from classlens.bench.demo.prints_data import (
     CLASS_NAMES,
     IMAGE_SIZE,
     SPLITS,
     Split,
     background_columns,
-    digit_indices,
     draw,
 )
 
@@ -51,10 +51,7 @@ def test_every_argument_changes_the_image() -> None:
         assert (image != other[0]).any()
 
 
-def test_splits_share_no_digit_and_no_background() -> None:
-    indices = [digit_indices(split) for split in SPLITS]
-    assert len(indices[0]) == 1400
-    assert sorted(np.concatenate(indices)) == list(range(1797))
+def test_splits_share_no_background() -> None:
     columns = [background_columns(split) for split in SPLITS]
     assert columns[0][0] == 0
     assert columns[-1][1] == 640
@@ -68,10 +65,7 @@ def test_draw_uses_nothing_of_the_other_splits(
 ) -> None:
     before = [draw(split, label, 5)[0] for label in range(len(CLASS_NAMES))]
     rng = np.random.default_rng(0)
-    pixels, targets = load_digits(return_X_y=True)
     photographs = load_sample_images()
-    foreign = np.setdiff1d(np.arange(len(targets)), digit_indices(split))
-    pixels[foreign] = rng.integers(17, size=pixels[foreign].shape)
     first, stop = background_columns(split)
     images = []
     for photograph in photographs.images:  # these arrays are read-only
@@ -80,43 +74,44 @@ def test_draw_uses_nothing_of_the_other_splits(
         images.append(noise.astype(np.uint8))
     photographs.images = images
 
-    monkeypatch.setattr(numbers_data, "load_digits", lambda return_X_y: (pixels, targets))
-    monkeypatch.setattr(numbers_data, "load_sample_images", lambda: photographs)
-    request.addfinalizer(numbers_data._material.cache_clear)
-    numbers_data._material.cache_clear()
+    monkeypatch.setattr(prints_data, "load_sample_images", lambda: photographs)
+    request.addfinalizer(prints_data._material.cache_clear)
+    prints_data._material.cache_clear()
     after = [draw(split, label, 5)[0] for label in range(len(CLASS_NAMES))]
     np.testing.assert_array_equal(before, after)
 
 
-def test_every_split_has_every_digit() -> None:
-    _, targets = load_digits(return_X_y=True)
-    for split in SPLITS:
-        assert set(targets[digit_indices(split)]) == set(range(10))
-
-
 @pytest.mark.parametrize("split", SPLITS)
-def test_mask_covers_the_digits(split: Split) -> None:
+def test_mask_is_where_the_cloth_lies(split: Split) -> None:
     for label in range(len(CLASS_NAMES)):
-        # Without clutter the background is one grey and its halo is darker, never brighter.
         image, mask = draw(split, label, 3, clutter=0.0)
-        assert 0.1 < mask.mean() < 0.6
-        brightest = image.max(axis=2).astype(int)
-        assert brightest[mask].min() > 97
-        far = image[~mask].max(axis=1)
-        assert np.median(far) <= 97
-        # Both digits are in the image, one on each side of the mask's middle column.
-        inked = np.flatnonzero(mask.any(axis=0))
-        middle = (inked[0] + inked[-1]) // 2
-        assert mask[:, :middle].sum() > 50
-        assert mask[:, middle:].sum() > 50
+        assert 0.12 < mask.mean() < 0.67  # of a small ellipse, and a large square
+        # Without clutter the background is one grey; a pixel of the edge may be cloth by a quarter.
+        inner, outer = (
+            np.asarray(binary_erosion(part, iterations=2), dtype=np.bool_) for part in (mask, ~mask)
+        )
+        assert (image[outer] == 97).all()
+        assert (image[inner] != 97).any(axis=1).mean() > 0.95
 
 
-def test_difficulty_varies_the_place_of_the_digits() -> None:
-    def spread(difficulty: float) -> float:
-        masks = [draw("train", 11, seed, difficulty)[1] for seed in range(40)]
-        return float(np.std([np.nonzero(mask)[0].mean() for mask in masks]))
+def test_all_variation_is_difficultys() -> None:
+    """Without it an image is the cloth in the middle; only its threads begin elsewhere."""
+    plain = [draw("train", 11, seed, difficulty=0.0, clutter=0.0) for seed in range(40)]
+    masks = np.stack([mask for _, mask in plain])
+    assert (masks.any(axis=0) & ~masks.all(axis=0)).mean() < 0.15  # of corners, round or square
+    middle = [np.nonzero(mask)[0].mean() for mask in masks]
+    assert np.ptp(middle) < 0.5
+    assert np.std([np.nonzero(draw("train", 11, s)[1])[0].mean() for s in range(40)]) > 2
+    colours = np.stack([image[masks.all(axis=0)].mean(axis=0) for image, _ in plain])
+    assert np.ptp(colours, axis=0).max() < 10
 
-    assert spread(1.0) > 3 * spread(0.0)
+
+def test_prints_differ() -> None:
+    """No print is nearly another one, wherever its threads begin."""
+    spectra = np.stack([np.abs(np.fft.fft2(prints_data._tile(n), axes=(0, 1))) for n in range(100)])
+    flat = spectra[:, :3].reshape(100, -1) / prints_data._TILE_SIZE**2
+    distance = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
+    assert distance[~np.eye(100, dtype=bool)].min() > 15
 
 
 @pytest.mark.parametrize(("split", "label"), [("training", 1), ("test", 100), ("test", -1)])
