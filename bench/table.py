@@ -20,6 +20,7 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "extract": {
         "model": ("model", ""),
         "dtype": ("dtype", ""),
+        "impl": ("scoring", ""),
         "compiled": ("compiled", ""),
         "certify": ("certified", ""),
         "reduce": ("besides ranks", ""),
