@@ -19,6 +19,7 @@
 #include <limits>
 #include <memory>
 
+#include "lanes.hpp"
 #include "threads.hpp"
 
 namespace {
@@ -28,7 +29,6 @@ constexpr int TILE_DEPTH = 32;   // bfloat16 values of a tile's row
 constexpr int TILE_VALUES = TILE_ROWS * TILE_DEPTH;
 constexpr int PANEL = 32;        // rows or classes of a 2 x 2 group of accumulator tiles
 constexpr int BLOCK = 64;        // rows whose logits are held by a thread
-constexpr int LANES = 16;        // float32 values of a vector
 constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
 
 struct alignas(64) TileConfig {
@@ -59,15 +59,6 @@ private:
 template <typename T>
 std::unique_ptr<T[], void (*)(void*)> buffer(size_t count) {
     return {static_cast<T*>(_mm_malloc(count * sizeof(T), 64)), _mm_free};
-}
-
-__m512 widen(__m256i bf16) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
-}
-
-__mmask16 lanes_below(int64_t bound, int64_t first) {
-    if (bound >= first + LANES) return 0xFFFF;
-    return bound <= first ? 0 : static_cast<__mmask16>((1u << (bound - first)) - 1);
 }
 
 // e^x of x <= 0, relative error below 3 * 2^-24; 0 below -87.

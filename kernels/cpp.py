@@ -22,7 +22,7 @@ FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mpopcnt"),
 )
-HEADER = Path(__file__).with_name("threads.hpp")
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.hpp")))
 
 
 def system_compiler() -> str | None:
@@ -58,7 +58,7 @@ def build(source: Path, flags: Sequence[str]) -> Path:
             "impl='torch'"
         )
     version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
-    sources = b"".join(path.read_bytes() for path in (source, HEADER))
+    sources = b"".join(path.read_bytes() for path in (source, *HEADERS))
     key = hashlib.sha256(sources + version + " ".join(flags).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "classlens"
     library = cache / f"{source.stem}-{key[:16]}.so"

@@ -15,11 +15,11 @@
 #include <functional>
 #include <memory>
 
+#include "lanes.hpp"
 #include "threads.hpp"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int64_t BLOCK = 64;
 
 // Bits of bfloat16 to unsigned integers in the order of the values; -0 becomes 0.
@@ -40,8 +40,7 @@ void best_of_row(const uint16_t* row, int64_t width, int64_t kept, uint32_t* lar
         0xFFF7, 0xFFF6, 0xFFF5, 0xFFF4, 0xFFF3, 0xFFF2, 0xFFF1, 0xFFF0);
     __mmask16 nan = 0;
     for (int64_t f = 0; f < width; f += LANES) {
-        const __mmask16 inside =
-            f + LANES <= width ? 0xFFFF : static_cast<__mmask16>((1u << (width - f)) - 1);
+        const __mmask16 inside = lanes_below(width, f);
         const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, row + f));
         nan |= _mm512_cmpgt_epi32_mask(
             _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFF)), _mm512_set1_epi32(0x7F80));

@@ -12,25 +12,15 @@
 #include <cstdint>
 #include <limits>
 
+#include "lanes.hpp"
 #include "threads.hpp"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int AT_ONCE = 4;  // rows of a pass, so that peaks and sums move less often
 constexpr int64_t CODES = 256;
 constexpr int64_t GROUP = 256;  // neurons whose histograms a thread fills, 256 kB
 constexpr int SUB_BITS = 19, BASE = 1984, LARGEST = 127;  // as in activation_codes.py
-
-__mmask16 lanes_below(int64_t bound, int64_t first) {
-    if (bound >= first + LANES) return 0xFFFF;
-    return static_cast<__mmask16>((1u << (bound - first)) - 1);
-}
-
-__m512 widened(__mmask16 inside, const uint16_t* bf16) {
-    const __m256i bits = _mm256_maskz_loadu_epi16(inside, bf16);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 
 // The codes of 16 values, one a lane.
 __m512i codes_of(__m512 value) {
@@ -52,7 +42,7 @@ void take(const uint16_t* rows, int64_t width, float* peak, float* sum) {
         __m512 largest = _mm512_maskz_loadu_ps(inside, peak + f);
         __m512 total = _mm512_maskz_loadu_ps(inside, sum + f);
         for (int r = 0; r < ROWS; ++r) {
-            const __m512 value = widened(inside, rows + r * width + f);
+            const __m512 value = widen(_mm256_maskz_loadu_epi16(inside, rows + r * width + f));
             largest = _mm512_max_ps(value, largest);
             total = _mm512_add_ps(total, value);
         }
@@ -93,8 +83,9 @@ void neuron_sums(const uint16_t* x, int64_t images, int64_t tokens, int64_t pref
                 for (int64_t s = 0; s < samples; ++s) {
                     const uint16_t* row = x + (n * tokens + counted[n * samples + s]) * width;
                     for (int64_t f = first; f < last; f += LANES) {
-                        const __m512 value = widened(lanes_below(last, f), row + f);
-                        _mm512_store_si512(codes, codes_of(value));
+                        const __mmask16 inside = lanes_below(last, f);
+                        const __m256i bits = _mm256_maskz_loadu_epi16(inside, row + f);
+                        _mm512_store_si512(codes, codes_of(widen(bits)));
                         const int64_t lanes = std::min<int64_t>(LANES, last - f);
                         for (int64_t i = 0; i < lanes; ++i)
                             ++histogram[(f + i) * CODES + codes[i]];
