@@ -94,7 +94,7 @@ def test_mask_is_where_the_cloth_lies(split: Split) -> None:
         assert (image[inner] != 97).any(axis=1).mean() > 0.95
 
 
-def test_all_variation_is_difficultys() -> None:
+def test_without_difficulty_nothing_but_the_phase_varies() -> None:
     """Without it an image is the cloth in the middle; only its threads begin elsewhere."""
     plain = [draw("train", 11, seed, difficulty=0.0, clutter=0.0) for seed in range(40)]
     masks = np.stack([mask for _, mask in plain])
