@@ -119,13 +119,14 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
 
     from classlens.bench.fidelity import first_targets, read_pictures
     from classlens.bench.machine import gemm_peak, time_in_turn
-    from classlens.extractor.engine import choose_impl, make_engine
+    from classlens.extractor.engine import choose_forward, choose_impl, make_engine
     from classlens.extractor.reducers.protocol import UnitPart, split_results
     from classlens.extractor.run import extract as run_extract
     from classlens.extractor.scorer import DTYPES, Scorer
 
     config, count = prepared.config, prepared.plan.manifest.height
     engine = make_engine(prepared)
+    forward_taken = choose_forward(config, prepared.subject, count)
     batch = min(engine.batch_size, count)
     pixels, labels = (part.to(config.device) for part in read_pictures(prepared, count))
     targets = first_targets(labels)
@@ -135,7 +136,7 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         dtype=DTYPES[config.dtype],
         device=config.device,
         convention=config.convention,
-        compile=bool(config.compile),
+        forward=forward_taken,
     )
     parts = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
     alone = None
@@ -184,7 +185,7 @@ def measure(prepared: Prepared, folder: Path, rounds: int) -> dict[str, Any]:
         "certify": config.certify,
         "reduce": ", ".join(config.reduce),
         "impl": choose_impl(config, count),
-        "compiled": bool(config.compile),
+        "forward": forward_taken,
         "images": count,
         "batch_size": batch,
         "forward_images_per_s": round(rate["forward"], 3),

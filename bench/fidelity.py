@@ -230,14 +230,13 @@ def float64_ranks(prepared: Prepared, scorer: Scorer, pixels: Tensor, labels: Te
     """Ranks int32 [N, L, S, T]: the scorer's model in its dtype, the specification in float64."""
     import torch
 
-    from classlens.extractor.blocks import walk
     from classlens.kernels.reference import class_scores_reference
 
     config = prepared.config
     space, labels = prepared.subject.space.to(device=config.device), labels.to(config.device)
     ranks_LNST = []
     with torch.inference_mode():
-        for _, sites in walk(scorer.model, scorer.images(pixels), config.convention):
+        for _, sites in scorer.walk(pixels):
             x_NSTD = torch.stack([sites[s] for s in config.streams], dim=1)
             scores = class_scores_reference(
                 x_NSTD.flatten(1, 2), space, labels, topk=0, logsumexp=False, dtype=torch.float64

@@ -136,8 +136,8 @@ def implementations(
     """What runs on this device, by name; each scores the whole of ``x``."""
     import torch
 
+    from classlens.kernels.amx import amx_found
     from classlens.kernels.class_scores import class_scores
-    from classlens.kernels.class_scores_amx import amx_found
     from classlens.kernels.reductions import compiled, compiler_found
 
     on_cpu = x.device.type == "cpu"

@@ -211,6 +211,7 @@ def measure(
     import torch
 
     from classlens.bench.photographs import write_photographs
+    from classlens.extractor.engine import choose_forward
     from classlens.extractor.prepare import prepare
 
     unit_images = configs[0].batch_size or images
@@ -275,11 +276,11 @@ def measure(
             **fixed,
             "dtype": config.dtype,
             "batch_size": config.batch_size,
-            "compiled": bool(config.compile),
+            "forward": choose_forward(config, one.subject, images),
             **rival.figures(images, authors_s),
             **checked,
         }
-        for config, rival, checked in zip(configs, ours, checks, strict=True)
+        for one, config, rival, checked in zip(prepared, configs, ours, checks, strict=True)
     ]
     return rows, authors.versions
 

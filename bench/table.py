@@ -20,8 +20,8 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "extract": {
         "model": ("model", ""),
         "dtype": ("dtype", ""),
+        "forward": ("forward pass", ""),
         "impl": ("scoring", ""),
-        "compiled": ("compiled", ""),
         "certify": ("certified", ""),
         "reduce": ("besides ranks", ""),
         "forward_images_per_s": ("bare forward, images/s", ",.2f"),

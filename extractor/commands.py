@@ -213,6 +213,7 @@ def info(store: Path, as_json: bool) -> None:
     rows = {
         "model": f"{config['model']}, weights {config['weights']}",
         "numerics": f"{config['dtype']} on {attributes['device']}",
+        "forward": attributes["forward"],
         "scoring": attributes["impl"] + (", certified" if config["certify"] else ""),
         "decoder": f"{decoder['name']} {decoder['version']}, at most "
         f"{decoder['max_abs_difference']} of 255 from PIL on {decoder['images_compared']} images",

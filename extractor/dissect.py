@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import zarr
 
-from classlens.extractor.engine import CPU_BATCH, Engine
+from classlens.extractor.engine import CPU_BATCH, Engine, choose_forward
 from classlens.extractor.errors import UsageError
 from classlens.extractor.interventions import make_intervention
 from classlens.extractor.prepare import Prepared, attributes, most_classes, tables
@@ -99,6 +99,7 @@ def dissect(
         dtype=DTYPES[config.dtype],
         device=config.device,
         convention=config.convention,
+        forward=choose_forward(config, prepared.subject, prepared.plan.manifest.height),
         intervention=make_intervention(config, prepared.subject),
         accumulator=DissectionAccumulator(
             prefix=layout.prefix,

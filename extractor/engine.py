@@ -11,16 +11,18 @@ from classlens.extractor.batch_size import largest_batch
 from classlens.extractor.captured import CapturedScorer
 from classlens.extractor.config import ExtractConfig
 from classlens.extractor.errors import ModelError
+from classlens.extractor.fused_blocks import fusable
 from classlens.extractor.interventions import make_intervention
+from classlens.extractor.models import Subject
 from classlens.extractor.reducers.attribution import AttributionReducer
 from classlens.extractor.reducers.memories import MemoriesReducer
 from classlens.extractor.reducers.neurons import NeuronsAccumulator
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
-from classlens.extractor.scorer import DTYPES, Scorer
+from classlens.extractor.scorer import DTYPES, Forward, Scorer
+from classlens.kernels.amx import amx_found
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
-from classlens.kernels.class_scores_amx import amx_found
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.cpu_bfloat16 import native_bfloat16
 from classlens.kernels.reductions import compiler_found
@@ -100,7 +102,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         dtype=dtype,
         device=config.device,
         convention=config.convention,
-        compile=compile,
+        forward=choose_forward(config, subject, prepared.plan.manifest.height),
         intervention=make_intervention(config, subject),
         accumulator=neurons if "neurons" in config.reduce else None,
     )
@@ -135,9 +137,29 @@ def choose_impl(config: ExtractConfig, images: int) -> Impl:
     if not config.certify:
         if not config.on_cpu:
             return "triton"
-        if _multiplies_bfloat16(config) and config.compile is not False and amx_found():
+        if _takes_amx(config):
             return "amx"
     return "compiled" if _compiles(config, images) else "torch"
+
+
+def choose_forward(config: ExtractConfig, subject: Subject, images: int) -> Forward:
+    """How a run of so many images runs the model's blocks.
+
+    By the fused kernel in bfloat16 on a CPU with AMX, if it knows such blocks; else compiled where
+    that pays.
+    """
+    if _takes_amx(config) and fusable(subject.model):
+        return "amx"
+    return "compiled" if _compiles(config, images) else "eager"
+
+
+def _takes_amx(config: ExtractConfig) -> bool:
+    return (
+        config.on_cpu
+        and _multiplies_bfloat16(config)
+        and config.compile is not False
+        and amx_found()
+    )
 
 
 def _compiles(config: ExtractConfig, images: int) -> bool:

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 
 from classlens.extractor.config import ExtractConfig
-from classlens.extractor.engine import choose_impl
+from classlens.extractor.engine import choose_forward, choose_impl
 from classlens.extractor.errors import UsageError
 from classlens.extractor.interventions import make_intervention, require_masks, token_removal
 from classlens.extractor.jpeg import decoder_facts
@@ -186,6 +186,7 @@ def attributes(prepared: Prepared) -> dict[str, Any]:
         "versions": versions,
         "decoder": prepared.decoder,
         "device": _device_name(config.device),
+        "forward": choose_forward(config, prepared.subject, prepared.plan.manifest.height),
         "impl": choose_impl(config, prepared.plan.manifest.height),
     }
 

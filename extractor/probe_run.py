@@ -18,9 +18,8 @@ import polars as pl
 import torch
 
 from classlens.extractor import ledger
-from classlens.extractor.blocks import walk
 from classlens.extractor.config import ExtractConfig
-from classlens.extractor.engine import CPU_BATCH, Engine
+from classlens.extractor.engine import CPU_BATCH, Engine, choose_forward
 from classlens.extractor.errors import UsageError
 from classlens.extractor.pictures import read_pictures
 from classlens.extractor.plan import Plan, Unit, expand_shards, make_plan
@@ -231,7 +230,7 @@ def train(
     for pictures in read_pictures(prepared.train, batch_size, prepared.images):
         labels = pictures.targets.labels.to(scorer.device)
         statistics.count(labels)
-        for block, sites in walk(scorer.model, scorer.images(pictures.pixels), CONVENTION, streams):
+        for block, sites in scorer.walk(pictures.pixels, wanted=streams):
             statistics.add(block, sites, labels)
             if block == statistics.last_block:
                 break
@@ -260,8 +259,7 @@ def _score_into(
     for pictures in read_pictures(test, batch_size, places):
         images = pictures.targets.images.numpy()
         reduce = reducer.for_batch(pictures.targets.to(scorer.device))
-        pixels = scorer.images(pictures.pixels)
-        for block, sites in walk(scorer.model, pixels, CONVENTION, reducer.sites):
+        for block, sites in scorer.walk(pictures.pixels, wanted=reducer.sites):
             if block in reducer.probes.by_block:
                 for path, values in reduce(block, sites).items():
                     earlier[path][images, block] = values.cpu().numpy()
@@ -280,6 +278,7 @@ def _scorer(prepared: Prepared, reducers: Sequence[ProbeReducer]) -> Scorer:
         dtype=DTYPES[config.dtype],
         device=config.device,
         convention=CONVENTION,
+        forward=choose_forward(config, prepared.subject, prepared.plan.manifest.height),
     )
 
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from classlens.extractor.blocks import Sites, block_sites, walk
+from classlens.extractor.fused_blocks import FusedBlocks
 from classlens.extractor.interventions import Intervention
 from classlens.extractor.models import Subject, predict
 from classlens.extractor.reducers.protocol import FOUND_PREFIX, Accumulator, Reducer, Targets
 from classlens.kernels.reductions import compiled
 
+Forward = Literal["eager", "compiled", "amx"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Scorer:
     """A model, its reducers and perhaps an accumulator, on one device, in one dtype.
 
-    Moves and casts ``subject.model`` in place. ``compile`` has torch.compile fuse what stands
-    between the matrix products of a block. ``intervention`` takes the place of the model's own
-    attention.
+    Moves and casts ``subject.model`` in place. ``forward``: how its blocks are run, "eager";
+    "compiled", what stands between the products of a block fused by torch.compile; or "amx", see
+    `FusedBlocks`. ``intervention`` takes the place of the model's own attention.
     """
 
     def __init__(
@@ -32,7 +35,7 @@ class Scorer:
         dtype: torch.dtype,
         device: str,
         convention: str,
-        compile: bool = False,
+        forward: Forward = "eager",
         intervention: Intervention | None = None,
         accumulator: Accumulator | None = None,
     ) -> None:
@@ -43,7 +46,11 @@ class Scorer:
         self.sites = frozenset[str]().union(*(taker.sites for taker in takers))
         self.convention = convention
         self.intervention = intervention
-        self._block_sites = compiled(block_sites) if compile else block_sites
+        self._block_sites: Callable[..., Sites] = block_sites
+        if forward == "compiled":
+            self._block_sites = compiled(block_sites)
+        elif forward == "amx":
+            self._block_sites = FusedBlocks(self.model)
         self.device, self.dtype = torch.device(device), dtype
         channel = (1, 3, 1, 1)
         mean = torch.tensor(subject.geometry.mean, device=device).view(channel)
@@ -59,11 +66,15 @@ class Scorer:
         planes = pixels.to(self.device).permute(0, 3, 1, 2).float()
         return (planes * self._scale + self._shift).to(self.dtype)
 
-    def walk(self, pixels: Tensor, kept: Tensor | None = None) -> Iterator[tuple[int, Sites]]:
-        """`classlens.extractor.blocks.walk` over a batch as `score` takes it, sites and all."""
+    def walk(
+        self, pixels: Tensor, kept: Tensor | None = None, wanted: Set[str] | None = None
+    ) -> Iterator[tuple[int, Sites]]:
+        """`classlens.extractor.blocks.walk` over a batch as `score` takes it; ``wanted``: sites,
+        those of the reducers if None."""
+        sites = self.sites if wanted is None else wanted
         attends = self.intervention and self.intervention.attends(kept)
         images = self.images(pixels)
-        return walk(self.model, images, self.convention, self.sites, self._block_sites, attends)
+        return walk(self.model, images, self.convention, sites, self._block_sites, attends)
 
     @torch.inference_mode()
     def score(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:

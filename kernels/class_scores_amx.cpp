@@ -10,72 +10,19 @@
 // of 32, K top classes.
 
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 
+#include "amx.hpp"
 #include "lanes.hpp"
 #include "threads.hpp"
 
 namespace {
 
-constexpr int TILE_ROWS = 16;    // rows of a tile register
-constexpr int TILE_DEPTH = 32;   // bfloat16 values of a tile's row
-constexpr int TILE_VALUES = TILE_ROWS * TILE_DEPTH;
-constexpr int PANEL = 32;        // rows or classes of a 2 x 2 group of accumulator tiles
-constexpr int BLOCK = 64;        // rows whose logits are held by a thread
-constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Eight tiles of 16 rows of 64 bytes while it lives; then whatever the thread had before, for
-// oneDNN remembers what it configured.
-class Tiles {
-public:
-    Tiles() {
-        _tile_storeconfig(&before_);
-        TileConfig config;
-        for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = TILE_ROWS;
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() {
-        if (before_.palette != 0) _tile_loadconfig(&before_);
-        else _tile_release();
-    }
-
-private:
-    TileConfig before_;
-};
-
-template <typename T>
-std::unique_ptr<T[], void (*)(void*)> buffer(size_t count) {
-    return {static_cast<T*>(_mm_malloc(count * sizeof(T), 64)), _mm_free};
-}
-
-// e^x of x <= 0, relative error below 3 * 2^-24; 0 below -87.
-__m512 exp_nonpositive(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);  // minimax polynomial of Cephes' expf
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-    return _mm512_maskz_scalef_ps(counts, p, n);
-}
+constexpr int BLOCK = 64;  // rows whose logits are held by a thread
 
 // Rows into tiles, [Dp / 32][16][32] for each 16 of them, and rstd of each; NaN where the variance
 // is not finite. Rows behind the last are zeros.
@@ -104,38 +51,6 @@ void pack_rows(const uint16_t* x, int rows, int64_t width, int64_t depth, float 
         }
         const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
         rstd[m] = std::isfinite(variance) ? 1.0f / std::sqrt(variance + eps) : NAN;
-    }
-}
-
-// products[m][c] of BLOCK rows and all classes.
-void multiply(const uint16_t* tiles, const uint16_t* weight, int64_t depth, int64_t padded,
-              float* products) {
-    const int64_t steps = depth / TILE_DEPTH, stride = padded * sizeof(float);
-    for (int64_t c = 0; c < padded; c += PANEL) {
-        const uint16_t* columns = weight + c * depth;
-        for (int m = 0; m < BLOCK; m += PANEL) {
-            const uint16_t* upper = tiles + m * depth;
-            const uint16_t* lower = upper + TILE_ROWS * depth;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int64_t s = 0; s < steps; ++s) {
-                _tile_loadd(4, upper + s * TILE_VALUES, 64);
-                _tile_loadd(6, columns + 2 * s * TILE_VALUES, 64);
-                _tile_loadd(7, columns + (2 * s + 1) * TILE_VALUES, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, lower + s * TILE_VALUES, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            float* out = products + m * padded + c;
-            _tile_stored(0, out, stride);
-            _tile_stored(1, out + TILE_ROWS, stride);
-            _tile_stored(2, out + TILE_ROWS * padded, stride);
-            _tile_stored(3, out + TILE_ROWS * padded + TILE_ROWS, stride);
-        }
     }
 }
 
@@ -215,32 +130,14 @@ float logsumexp_of(const float* logits, int64_t classes, float peak) {
 
 extern "C" {
 
-// Asks Linux for the tile registers, which a process does not have from the start; 0 if granted.
-long request_tiles() { return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA); }
-
-// Weight rows, bfloat16 [C, D], into the tiles that the products take, [Cp / 32][Dp / 32][2][16][32]:
-// a tile's row holds two neighbouring values of each of 16 classes. `packed` is zeros before.
-void pack_weight(const uint16_t* weight, int64_t classes, int64_t width, uint16_t* packed) {
-    const int64_t depth = (width + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
-    for (int64_t c = 0; c < classes; ++c) {
-        uint16_t* panel = packed + c / PANEL * PANEL * depth + c % PANEL / TILE_ROWS * TILE_VALUES;
-        for (int64_t d = 0; d < width; ++d) {
-            const int64_t in_tile = d % TILE_DEPTH;
-            panel[d / TILE_DEPTH * 2 * TILE_VALUES + in_tile / 2 * TILE_DEPTH +
-                  c % TILE_ROWS * 2 + in_tile % 2] = weight[c * width + d];
-        }
-    }
-}
-
-// x: bfloat16 [M, D]. packed: of pack_weight. labels: [M / tokens], in [0, C). rank, label_logit:
+// x: bfloat16 [M, D]. packed: panels of [C, D]. labels: [M / tokens], in [0, C). rank, label_logit:
 // [M]. logsumexp: [M], or null. topk: [M, K]. A row whose variance is not finite gets rank and
 // classes C, and NaN.
 void class_scores(const uint16_t* x, int64_t rows, int64_t width, const uint16_t* packed,
                   const float* bias, int64_t classes, float eps, const int32_t* labels,
                   int64_t tokens, int64_t kept, int64_t threads, int32_t* rank,
                   float* label_logit, float* logsumexp, int32_t* topk) {
-    const int64_t depth = (width + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
-    const int64_t padded = (classes + PANEL - 1) / PANEL * PANEL;
+    const int64_t depth = round_up(width, TILE_DEPTH), padded = round_up(classes, PANEL);
     on_threads(threads, [=](auto next) {
         const Tiles configured;
         const auto tiles = buffer<uint16_t>(BLOCK * depth);
@@ -249,7 +146,9 @@ void class_scores(const uint16_t* x, int64_t rows, int64_t width, const uint16_t
         for (int64_t first; (first = next() * BLOCK) < rows;) {
             const int count = static_cast<int>(rows - first < BLOCK ? rows - first : BLOCK);
             pack_rows(x + first * width, count, width, depth, eps, tiles.get(), rstd);
-            multiply(tiles.get(), packed, depth, padded, products.get());
+            for (int64_t c = 0; c < padded; c += PANEL)
+                multiply_panel(tiles.get(), BLOCK, packed + c * depth, depth, products.get() + c,
+                               padded);
             for (int m = 0; m < count; ++m) {
                 const int64_t row = first + m;
                 float* logits = products.get() + m * padded;

@@ -12,21 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from classlens.kernels import cpp
+from classlens.kernels.amx import load, pack_panels
 from classlens.kernels.class_scores_torch import empty_scores
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reference import ClassScores
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-mamx-tile", "-mamx-bf16")
-PANEL = 32  # classes, and values of the width, of a group of tiles
 
 _packed: WeakKeyDictionary[ClassSpace, Tensor] = WeakKeyDictionary()
-
-
-def amx_found() -> bool:
-    """Whether this CPU has AMX for bfloat16 and a C++ compiler is at hand."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and cpp.compiler() is not None
 
 
 def class_scores_amx(
@@ -50,7 +43,7 @@ def class_scores_amx(
         )
     library = _library()
     if space not in _packed:
-        _packed[space] = _pack(library, space)
+        _packed[space] = pack_panels(space.weight_CD)
     x, labels = x.contiguous(), labels.int().contiguous()
     out = empty_scores(x, topk, logsumexp)
     library.class_scores(
@@ -73,26 +66,13 @@ def class_scores_amx(
     return out
 
 
-def _pack(library: ctypes.CDLL, space: ClassSpace) -> Tensor:
-    classes, width = space.weight_CD.shape
-    padded, depth = (-(-n // PANEL) * PANEL for n in (classes, width))
-    packed = torch.zeros(padded * depth, dtype=torch.bfloat16)
-    library.pack_weight(space.weight_CD.contiguous().data_ptr(), classes, width, packed.data_ptr())
-    return packed
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = cpp.load(SOURCE, FLAGS)
+    library = load(SOURCE)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.pack_weight.argtypes = [pointer, integer, integer, pointer]
-    library.pack_weight.restype = None
     library.class_scores.argtypes = [
         *(pointer, integer, integer, pointer, pointer, integer, ctypes.c_float),
         *(pointer, integer, integer, integer, pointer, pointer, pointer, pointer),
     ]
     library.class_scores.restype = None
-    library.request_tiles.restype = ctypes.c_long
-    if library.request_tiles() != 0:
-        raise RuntimeError("the system grants no AMX tile registers; pass impl='torch'")
     return library

@@ -7,18 +7,20 @@ import torch
 import zarr
 from PIL import Image
 from samples import Sample, encoded, picture
-from variants import VARIANTS, config
+from variants import SMALL, VARIANTS, config
 
 from classlens.extractor import run
 from classlens.extractor.blocks import walk
+from classlens.extractor.engine import choose_forward
 from classlens.extractor.errors import ConfigMismatchError, ShardError, UsageError
 from classlens.extractor.models import load_subject
 from classlens.extractor.plan import make_plan
 from classlens.extractor.prepare import prepare
 from classlens.extractor.run import extract
-from classlens.extractor.schema import Status, read_attributes, read_layout
+from classlens.extractor.schema import STREAMS, Status, read_attributes, read_layout
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.extractor.store import verify
+from classlens.kernels.amx import amx_found
 from classlens.kernels.bounds import rank_bracket
 from classlens.kernels.reference import class_scores_reference, logits_reference
 
@@ -31,7 +33,14 @@ def activations(settings, store, shards):
     """Sites of the store's images, computed from the shards once more in the run's dtype."""
     subject = load_subject(settings)
     dtype = DTYPES[settings.dtype]
-    scorer = Scorer(subject, [], dtype=dtype, device="cpu", convention=settings.convention)
+    scorer = Scorer(
+        subject,
+        [],
+        dtype=dtype,
+        device="cpu",
+        convention=settings.convention,
+        forward=choose_forward(settings, subject, 1),
+    )
     manifest = pl.read_parquet(store / "manifest.parquet")
     pixels = []
     for unit in make_plan(shards).units:
@@ -43,7 +52,7 @@ def activations(settings, store, shards):
     batches = torch.from_numpy(np.stack(pixels))
     sites: dict[tuple[int, str], torch.Tensor] = {}
     with torch.inference_mode():
-        for block, found in walk(scorer.model, scorer.images(batches), settings.convention):
+        for block, found in scorer.walk(batches, wanted=frozenset(STREAMS)):
             sites |= {(block, stream): x for stream, x in found.items()}
     return subject, manifest, sites
 
@@ -58,6 +67,14 @@ def test_every_stored_number_equals_the_specification(make_shards, tmp_path, var
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_stored_number_equals_the_specification_in_16_bits(make_shards, tmp_path, dtype):
     check_store(config("cls", batch_size=16, dtype=dtype), make_shards((9,)), tmp_path / "store")
+
+
+@pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
+def test_every_stored_number_equals_the_specification_of_fused_blocks(make_shards, tmp_path):
+    arguments = {**SMALL, "embed_dim": 96, "num_classes": 10}  # heads of 32, which it takes
+    settings = config("cls", batch_size=16, dtype="bfloat16", model_args=arguments)
+    check_store(settings, make_shards((9,)), tmp_path / "store")
+    assert read_attributes(tmp_path / "store")["forward"] == "amx"
 
 
 def check_store(settings, shards, out):

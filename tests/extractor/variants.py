@@ -25,8 +25,10 @@ VARIANTS = {
 def config(variant: str, **settings) -> ExtractConfig:
     """The extraction settings for one variant, random weights, 10 classes."""
     name, extra, _ = VARIANTS[variant]
-    return ExtractConfig(
-        model=name,
-        model_args={**SMALL, "num_classes": 10, **extra},
-        **{"weights": "random:3", "batch_size": 4, **settings},
-    )
+    settings = {
+        "model_args": {**SMALL, "num_classes": 10, **extra},
+        "weights": "random:3",
+        "batch_size": 4,
+        **settings,
+    }
+    return ExtractConfig(model=name, **settings)

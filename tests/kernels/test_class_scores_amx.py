@@ -16,8 +16,8 @@ from scoring_cases import (
 )
 
 from classlens.kernels import cpp
+from classlens.kernels.amx import amx_found
 from classlens.kernels.class_scores import class_scores
-from classlens.kernels.class_scores_amx import amx_found
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reference import logits_reference
 

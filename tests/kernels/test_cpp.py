@@ -6,11 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from classlens.kernels import class_scores_amx, cpp, key_topk_avx512, neuron_sums_avx512
+from classlens.kernels import (
+    amx,
+    class_scores_amx,
+    cpp,
+    key_topk_avx512,
+    neuron_sums_avx512,
+    vit_block_amx,
+)
 from classlens.kernels.reductions import compiler_found
 
 SOURCES = [
-    (class_scores_amx.SOURCE, (*cpp.FLAGS, *class_scores_amx.FLAGS)),
+    (class_scores_amx.SOURCE, (*cpp.FLAGS, *amx.FLAGS)),
+    (vit_block_amx.SOURCE, (*cpp.FLAGS, *amx.FLAGS)),
     (key_topk_avx512.SOURCE, cpp.FLAGS),
     (neuron_sums_avx512.SOURCE, cpp.FLAGS),
 ]

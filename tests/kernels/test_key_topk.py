@@ -3,7 +3,7 @@ import torch
 from topk_cases import hostile_rows, naive_topk
 
 from classlens.kernels import key_topk as module
-from classlens.kernels.class_scores_amx import amx_found
+from classlens.kernels.amx import amx_found
 from classlens.kernels.key_topk import key_topk
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

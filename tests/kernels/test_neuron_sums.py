@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from classlens.kernels.activation_codes import CODES, activation_codes
-from classlens.kernels.class_scores_amx import amx_found
+from classlens.kernels.amx import amx_found
 from classlens.kernels.neuron_sums import neuron_sums
 
 needs_avx512 = pytest.mark.skipif(not amx_found(), reason="needs AVX-512 and a C++ compiler")

@@ -1,0 +1,85 @@
+"""The blocks of a model through the fused kernel of CPUs with AMX, in place of `block_sites`."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from classlens.extractor.blocks import Attend, Sites, full_attention
+from classlens.kernels.amx import PANEL
+from classlens.kernels.vit_block_amx import VitBlockAmx
+
+
+class FusedBlocks:
+    """`classlens.extractor.blocks.block_sites` of one model's blocks, in bfloat16.
+
+    Copies the weights, so the model's may not change afterwards.
+    """
+
+    def __init__(self, model: VisionTransformer) -> None:
+        """Packs the blocks of a model that is `fusable`, cast to bfloat16 on a CPU.
+
+        Raises:
+            RuntimeError: no compiler, or it fails; or the system grants no tile registers.
+        """
+        self._fused = {}
+        for block in model.blocks:
+            parts = _parts(block)
+            assert parts is not None
+            self._fused[block] = VitBlockAmx(**parts)
+
+    def __call__(
+        self,
+        block: Block | ResPostBlock,
+        x: Tensor,
+        wanted: Set[str],
+        attend: Attend = full_attention,
+    ) -> Sites:
+        fused = self._fused[block]
+        qkv = fused.qkv(x)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if attend is full_attention:
+            heads = fused.attention(qkv)
+        else:
+            heads = attend(query, key, value).transpose(1, 2).flatten(2)
+        inner = {"query": query, "key": key, "value": value, "key_attn": heads}
+        sites = {name: site for name, site in inner.items() if name in wanted}
+        return sites | fused.after_attention(x, heads, wanted)
+
+
+def fusable(model: VisionTransformer) -> bool:
+    """Whether every block is LayerNorm, attention, LayerNorm, and an MLP of two layers with a GELU
+    between them, all widths multiples of 32, with LayerScale or without."""
+    return all(_parts(block) is not None for block in model.blocks)
+
+
+def _parts(block: nn.Module) -> dict[str, Any] | None:
+    """What `VitBlockAmx` is made of; None where it does not know such blocks."""
+    if not isinstance(block, Block):
+        return None
+    attn, mlp = block.attn, block.mlp
+    if type(attn) is not Attention or attn.gate is not None or type(mlp) is not Mlp:
+        return None
+    norms = {"norm1": block.norm1, "norm2": block.norm2}
+    linears = {"qkv": attn.qkv, "proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
+    scales = {"attn_scale": block.ls1, "mlp_scale": block.ls2}
+    absent = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+    kinds_fit = (
+        all(isinstance(n, nn.LayerNorm) and n.bias is not None for n in norms.values())
+        and all(isinstance(linear, nn.Linear) for linear in linears.values())
+        and all(isinstance(scale, nn.Identity | LayerScale) for scale in scales.values())
+        and all(isinstance(module, nn.Identity) for module in absent)
+        and isinstance(mlp.act, nn.GELU)
+        and mlp.act.approximate == "none"
+    )
+    widths = [attn.head_dim, *(n for linear in linears.values() for n in linear.weight.shape)]
+    if not kinds_fit or any(width % PANEL for width in widths):
+        return None
+    gammas = {name: getattr(scale, "gamma", None) for name, scale in scales.items()}
+    return {"num_heads": attn.num_heads, **norms, **linears, **gammas}

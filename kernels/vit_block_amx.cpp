@@ -1,0 +1,324 @@
+// A pre-norm transformer block in bfloat16 on CPUs with AMX, in three passes: LayerNorm and the
+// projection to queries, keys and values; attention; and all that is local to a token after it.
+// Compiled and called by vit_block_amx.py.
+//
+// BLOCK rows go through all products of a pass while they lie in a core's second-level cache. As in
+// the model run operation by operation, every product is summed in float32 and every operation's
+// result is rounded to bfloat16. A row's sums do not depend on what else is in the batch.
+//
+// Letters: M rows, that is tokens of all images, D width, F width of the MLP, N images, T tokens,
+// H heads, d width of a head.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "amx.hpp"
+#include "lanes.hpp"
+#include "threads.hpp"
+
+extern "C" {
+
+struct Norm {
+    const float *weight, *bias;  // [width]
+    int64_t width;
+    float eps;
+};
+
+struct Linear {
+    const uint16_t* weight;  // panels
+    const float* bias;       // [out]
+    int64_t in, out;
+};
+
+// GELU(x) = max(x, 0) - a Q(a), a = min(|x|, end), where Q, the upper tail of the normal
+// distribution, is a cubic on each of 32 equal segments of [0, end].
+struct Tail {
+    const float* coefficients;  // [4][32], of falling powers
+    float segments_per_unit, end;
+};
+
+// What follows attention. attn, mid, keys and mlp may be null; scales, [D], too.
+struct AfterAttention {
+    const uint16_t *heads, *x;  // [M, H * d], [M, D]
+    int64_t rows;
+    const Linear *proj, *fc1, *fc2;
+    const Norm* norm;
+    const Tail* tail;
+    const float *attn_scale, *mlp_scale;
+    uint16_t *attn, *mid, *keys, *mlp, *resid;  // [M, D], keys [M, F]
+};
+}
+
+namespace {
+
+constexpr int BLOCK = 128;  // rows that a thread takes through a pass
+
+// 32 values, rounded to bfloat16 and as float32.
+struct Rounded {
+    __m512i bits;
+
+    Rounded(__m512 low, __m512 high) : bits((__m512i)_mm512_cvtne2ps_pbh(high, low)) {}
+    explicit Rounded(const uint16_t* from) : bits(_mm512_loadu_si512(from)) {}
+    __m512 low() const { return widen(_mm512_castsi512_si256(bits)); }
+    __m512 high() const { return widen(_mm512_extracti64x4_epi64(bits, 1)); }
+    void store(uint16_t* to) const { _mm512_storeu_si512(to, bits); }
+    Rounded scaled(const float* by) const {
+        return {_mm512_mul_ps(low(), _mm512_loadu_ps(by)),
+                _mm512_mul_ps(high(), _mm512_loadu_ps(by + LANES))};
+    }
+    Rounded operator+(const Rounded& other) const {
+        return {_mm512_add_ps(low(), other.low()), _mm512_add_ps(high(), other.high())};
+    }
+};
+
+class Gelu {
+public:
+    explicit Gelu(const Tail& tail)
+        : scale_(_mm512_set1_ps(tail.segments_per_unit)), end_(_mm512_set1_ps(tail.end)) {
+        for (int i = 0; i < 4; ++i) {
+            near_[i] = _mm512_loadu_ps(tail.coefficients + 2 * LANES * i);
+            far_[i] = _mm512_loadu_ps(tail.coefficients + 2 * LANES * i + LANES);
+        }
+    }
+    __m512 operator()(__m512 x) const {
+        const __m512 a = _mm512_min_ps(_mm512_abs_ps(x), end_);
+        const __m512 place = _mm512_mul_ps(a, scale_);
+        const __m512i segment = _mm512_cvttps_epi32(place);
+        const __m512 t = _mm512_sub_ps(place, _mm512_cvtepi32_ps(segment));
+        __m512 q = _mm512_permutex2var_ps(near_[0], segment, far_[0]);
+        for (int i = 1; i < 4; ++i)
+            q = _mm512_fmadd_ps(q, t, _mm512_permutex2var_ps(near_[i], segment, far_[i]));
+        // The second operand is what max gives for NaN.
+        return _mm512_fnmadd_ps(a, q, _mm512_max_ps(_mm512_setzero_ps(), x));
+    }
+
+private:
+    __m512 scale_, end_, near_[4], far_[4];
+};
+
+// Rows as they are into tiles; rows behind the last are zeros.
+void pack_rows(const uint16_t* x, int64_t stride, int rows, int padded, int64_t width,
+               uint16_t* tiles) {
+    for (int m = 0; m < padded; ++m)
+        for (int64_t d = 0; d < width; d += TILE_DEPTH)
+            _mm512_store_si512(tiles + place_in_tiles(m, d, width),
+                               m < rows ? _mm512_loadu_si512(x + m * stride + d)
+                                        : _mm512_setzero_si512());
+}
+
+// LayerNorm of rows into tiles; rows behind the last are what they were.
+void pack_normalised(const uint16_t* x, int rows, const Norm& norm, uint16_t* tiles) {
+    const float width = static_cast<float>(norm.width);
+    for (int m = 0; m < rows; ++m) {
+        const uint16_t* row = x + m * norm.width;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int64_t d = 0; d < norm.width; d += PANEL) {
+            const Rounded value(row + d);
+            sum = _mm512_add_ps(sum, _mm512_add_ps(value.low(), value.high()));
+        }
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        for (int64_t d = 0; d < norm.width; d += PANEL) {
+            const Rounded value(row + d);
+            const __m512 low = _mm512_sub_ps(value.low(), mean);
+            const __m512 high = _mm512_sub_ps(value.high(), mean);
+            squares = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, squares));
+        }
+        const float variance = _mm512_reduce_add_ps(squares) / width;
+        const __m512 rstd = _mm512_set1_ps(1.0f / std::sqrt(variance + norm.eps));
+        const auto normalised = [&](__m512 value, int64_t d) {
+            return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(value, mean), rstd),
+                                   _mm512_loadu_ps(norm.weight + d), _mm512_loadu_ps(norm.bias + d));
+        };
+        for (int64_t d = 0; d < norm.width; d += PANEL) {
+            const Rounded value(row + d);
+            Rounded(normalised(value.low(), d), normalised(value.high(), d + LANES))
+                .store(tiles + place_in_tiles(m, d, norm.width));
+        }
+    }
+}
+
+// Calls use(m, c, value) with each 32 outputs of each row. sums: [BLOCK][32], scratch.
+template <typename Use>
+void project(const uint16_t* tiles, int rows, const Linear& linear, float* sums, const Use& use) {
+    const int padded = static_cast<int>(round_up(rows, PANEL));
+    for (int64_t c = 0; c < linear.out; c += PANEL) {
+        multiply_panel(tiles, padded, linear.weight + c * linear.in, linear.in, sums, PANEL);
+        const __m512 low = _mm512_loadu_ps(linear.bias + c);
+        const __m512 high = _mm512_loadu_ps(linear.bias + c + LANES);
+        for (int m = 0; m < rows; ++m)
+            use(m, c, Rounded(_mm512_add_ps(_mm512_load_ps(sums + m * PANEL), low),
+                              _mm512_add_ps(_mm512_load_ps(sums + m * PANEL + LANES), high)));
+    }
+}
+
+// Calls work(first, count) for every BLOCK rows, on threads whose tiles are configured. `make` is
+// called once a thread and returns `work`.
+template <typename Make>
+void on_blocks(int64_t rows, int64_t threads, const Make& make) {
+    on_threads(threads, [&](auto next) {
+        const Tiles configured;
+        auto work = make();
+        for (int64_t first; (first = next() * BLOCK) < rows;)
+            work(first, static_cast<int>(std::min<int64_t>(BLOCK, rows - first)));
+    });
+}
+
+// Keys [T, d] into panels: the columns of a product with queries.
+void pack_keys(const uint16_t* keys, int64_t stride, int64_t tokens, int64_t padded, int64_t depth,
+               uint16_t* panels) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride * 2)));
+    for (int64_t t = 0; t < padded; t += TILE_ROWS) {
+        const __mmask16 inside = lanes_below(tokens, t);
+        uint16_t* panel = panels + t / PANEL * PANEL * depth + t % PANEL / TILE_ROWS * TILE_VALUES;
+        for (int64_t d = 0; d < depth; d += 2)
+            _mm512_store_si512(
+                panel + d / TILE_DEPTH * 2 * TILE_VALUES + d % TILE_DEPTH / 2 * TILE_DEPTH,
+                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), inside, rows,
+                                            keys + t * stride + d, 1));
+    }
+}
+
+// Values [T, d] into panels: the columns of a product with weights of tokens.
+void pack_values(const uint16_t* values, int64_t stride, int64_t tokens, int64_t padded,
+                 int64_t depth, uint16_t* panels) {
+    const auto part = [&](int64_t t, int64_t d) {
+        return t < tokens ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(
+                                reinterpret_cast<const __m256i*>(values + t * stride + d)))
+                          : _mm512_setzero_si512();
+    };
+    for (int64_t d = 0; d < depth; d += TILE_ROWS) {
+        uint16_t* panel = panels + d / PANEL * PANEL * padded + d % PANEL / TILE_ROWS * TILE_VALUES;
+        for (int64_t t = 0; t < padded; t += 2)
+            _mm512_store_si512(
+                panel + t / TILE_DEPTH * 2 * TILE_VALUES + t % TILE_DEPTH / 2 * TILE_DEPTH,
+                _mm512_or_si512(part(t, d), _mm512_slli_epi32(part(t + 1, d), 16)));
+    }
+}
+
+// e^(scale (score - largest)) of a row of T scores, as bfloat16 into tiles, zeros behind the last;
+// returns their sum before rounding.
+float pack_softmax(const float* scores, int64_t tokens, int64_t padded, float scale, int m,
+                   uint16_t* tiles) {
+    __m512 peak = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t t = 0; t < tokens; t += LANES)
+        peak = _mm512_mask_max_ps(peak, lanes_below(tokens, t), peak, _mm512_loadu_ps(scores + t));
+    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
+    const auto part = [&](int64_t t) {
+        const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + t), largest);
+        return _mm512_maskz_mov_ps(lanes_below(tokens, t),
+                                   exp_nonpositive(_mm512_mul_ps(below, _mm512_set1_ps(scale))));
+    };
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t t = 0; t < padded; t += PANEL) {
+        const __m512 low = part(t), high = part(t + LANES);
+        sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+        Rounded(low, high).store(tiles + place_in_tiles(m, t, padded));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+}  // namespace
+
+extern "C" {
+
+// y = linear(norm(x)). x: [M, D]. y: [M, out].
+void normalised_linear(const uint16_t* x, int64_t rows, const Norm* norm, const Linear* linear,
+                       int64_t threads, uint16_t* y) {
+    on_blocks(rows, threads, [&] {
+        return [&, tiles = buffer<uint16_t>(BLOCK * linear->in),
+                sums = buffer<float>(BLOCK * PANEL)](int64_t first, int count) {
+            pack_normalised(x + first * norm->width, count, *norm, tiles.get());
+            project(tiles.get(), count, *linear, sums.get(),
+                    [&](int m, int64_t c, const Rounded& value) {
+                        value.store(y + (first + m) * linear->out + c);
+                    });
+        };
+    });
+}
+
+// softmax(Q K^T / sqrt(d)) V of every head. qkv: [N, T, 3, H, d]. out: [N, T, H, d].
+void attention(const uint16_t* qkv, int64_t images, int64_t tokens, int64_t heads, int64_t depth,
+               int64_t threads, uint16_t* out) {
+    const int64_t padded = round_up(tokens, PANEL), width = heads * depth, stride = 3 * width;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(depth));
+    on_threads(threads, [=](auto next) {
+        const Tiles configured;
+        const auto keys = buffer<uint16_t>(padded * depth), values = buffer<uint16_t>(padded * depth);
+        const auto queries = buffer<uint16_t>(PANEL * depth);
+        const auto weights = buffer<uint16_t>(PANEL * padded);
+        const auto scores = buffer<float>(PANEL * padded), sums = buffer<float>(PANEL * PANEL);
+        for (int64_t task; (task = next()) < images * heads;) {
+            const uint16_t* query = qkv + task / heads * tokens * stride + task % heads * depth;
+            uint16_t* result = out + task / heads * tokens * width + task % heads * depth;
+            pack_keys(query + width, stride, tokens, padded, depth, keys.get());
+            pack_values(query + 2 * width, stride, tokens, padded, depth, values.get());
+            for (int64_t first = 0; first < tokens; first += PANEL) {
+                const int count = static_cast<int>(std::min<int64_t>(PANEL, tokens - first));
+                pack_rows(query + first * stride, stride, count, PANEL, depth, queries.get());
+                for (int64_t t = 0; t < padded; t += PANEL)
+                    multiply_panel(queries.get(), PANEL, keys.get() + t * depth, depth,
+                                   scores.get() + t, padded);
+                float shares[PANEL];
+                for (int m = 0; m < count; ++m)
+                    shares[m] = 1.0f / pack_softmax(scores.get() + m * padded, tokens, padded, scale,
+                                                    m, weights.get());
+                for (int64_t d = 0; d < depth; d += PANEL) {
+                    multiply_panel(weights.get(), PANEL, values.get() + d * padded, padded,
+                                   sums.get(), PANEL);
+                    for (int m = 0; m < count; ++m) {
+                        const __m512 share = _mm512_set1_ps(shares[m]);
+                        const float* sum = sums.get() + m * PANEL;
+                        Rounded(_mm512_mul_ps(_mm512_load_ps(sum), share),
+                                _mm512_mul_ps(_mm512_load_ps(sum + LANES), share))
+                            .store(result + (first + m) * width + d);
+                    }
+                }
+            }
+        }
+    });
+}
+
+// attn = proj(heads), mid = x + attn, keys = fc1(norm(mid)), mlp = fc2(GELU(keys)),
+// resid = mid + mlp; attn and mlp times their scales.
+void after_attention(const AfterAttention* all, int64_t threads) {
+    const AfterAttention& a = *all;
+    const int64_t width = a.norm->width, hidden_width = a.fc1->out;
+    on_blocks(a.rows, threads, [&] {
+        const size_t widest = std::max(a.proj->in, width);
+        return [&, gelu = Gelu(*a.tail), tiles = buffer<uint16_t>(BLOCK * widest),
+                hidden = buffer<uint16_t>(BLOCK * hidden_width),
+                mid = buffer<uint16_t>(BLOCK * width),
+                sums = buffer<float>(BLOCK * PANEL)](int64_t first, int count) {
+            const int padded = static_cast<int>(round_up(count, PANEL));
+            pack_rows(a.heads + first * a.proj->in, a.proj->in, count, padded, a.proj->in, tiles.get());
+            project(tiles.get(), count, *a.proj, sums.get(), [&](int m, int64_t c, Rounded value) {
+                const int64_t place = (first + m) * width + c;
+                if (a.attn_scale != nullptr) value = value.scaled(a.attn_scale + c);
+                if (a.attn != nullptr) value.store(a.attn + place);
+                const Rounded sum = Rounded(a.x + place) + value;
+                sum.store(mid.get() + m * width + c);
+                if (a.mid != nullptr) sum.store(a.mid + place);
+            });
+            pack_normalised(mid.get(), count, *a.norm, tiles.get());
+            project(tiles.get(), count, *a.fc1, sums.get(), [&](int m, int64_t c, Rounded value) {
+                if (a.keys != nullptr) value.store(a.keys + (first + m) * hidden_width + c);
+                Rounded(gelu(value.low()), gelu(value.high()))
+                    .store(hidden.get() + place_in_tiles(m, c, hidden_width));
+            });
+            project(hidden.get(), count, *a.fc2, sums.get(), [&](int m, int64_t c, Rounded value) {
+                const int64_t place = (first + m) * width + c;
+                if (a.mlp_scale != nullptr) value = value.scaled(a.mlp_scale + c);
+                if (a.mlp != nullptr) value.store(a.mlp + place);
+                (Rounded(mid.get() + m * width + c) + value).store(a.resid + place);
+            });
+        };
+    });
+}
+
+}  // extern "C"

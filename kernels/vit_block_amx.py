@@ -1,0 +1,215 @@
+"""A pre-norm transformer block in bfloat16 on a CPU with AMX: launcher of ``vit_block_amx.cpp``.
+
+Every operation's result is rounded to bfloat16, as in the model run operation by operation;
+products are summed in float32. A token's result does not depend on what else is in the batch.
+
+Shape letters: N images, T tokens, D width, F width of the MLP, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Set
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+
+from classlens.kernels.amx import PANEL, load, pack_panels
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+GELU_SEGMENTS, GELU_DEGREE, GELU_END = 32, 3, 6.0  # GELU(-6) is -6e-9
+BFLOAT16_ON_CPU = f"{torch.bfloat16} on cpu"
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
+class VitBlockAmx:
+    """x → norm1 → qkv → attention → proj → + x → norm2 → fc1 → GELU → fc2 → +, of timm's `Block`.
+
+    The weights are copied into the order of tile registers; the modules are not kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        norm1: nn.LayerNorm,
+        qkv: nn.Linear,
+        proj: nn.Linear,
+        norm2: nn.LayerNorm,
+        fc1: nn.Linear,
+        fc2: nn.Linear,
+        attn_scale: Tensor | None = None,
+        mlp_scale: Tensor | None = None,
+    ) -> None:
+        """Packs the weights of a block.
+
+        Args:
+            attn_scale, mlp_scale: [D], LayerScale of the two sublayers.
+
+        Raises:
+            ValueError: a weight is not bfloat16 on a CPU, or a width, that of a head among them, is
+                no multiple of 32.
+            RuntimeError: no compiler, or it fails; or the system grants no tile registers.
+        """
+        self.num_heads, self.head_dim = num_heads, qkv.out_features // 3 // num_heads
+        weights = [module.weight for module in (norm1, qkv, proj, norm2, fc1, fc2)]
+        widths = {self.head_dim, *(width for weight in weights for width in weight.shape)}
+        if any(width % PANEL for width in widths):
+            raise ValueError(f"widths {sorted(widths)} are not all multiples of {PANEL}")
+        if kinds := {f"{w.dtype} on {w.device.type}" for w in weights} - {BFLOAT16_ON_CPU}:
+            raise ValueError(f"weights are {', '.join(sorted(kinds))}; pass {BFLOAT16_ON_CPU}")
+        self._library = _library()
+        self._norm1, self._norm2 = _Norm(norm1), _Norm(norm2)
+        self._qkv, self._proj = _Linear(qkv), _Linear(proj)
+        self._fc1, self._fc2 = _Linear(fc1), _Linear(fc2)
+        self._attn_scale = None if attn_scale is None else attn_scale.detach().float()
+        self._mlp_scale = None if mlp_scale is None else mlp_scale.detach().float()
+
+    def qkv(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T 3 H d"]:
+        """Queries, keys and values of every head, of the block's input."""
+        x = _checked(x, self._norm1.width)
+        out = torch.empty(*x.shape[:2], 3, self.num_heads, self.head_dim, dtype=x.dtype)
+        self._library.normalised_linear(
+            x.data_ptr(),
+            x.shape[0] * x.shape[1],
+            self._norm1,
+            self._qkv,
+            torch.get_num_threads(),
+            out.data_ptr(),
+        )
+        return out
+
+    def attention(self, qkv: Float[Tensor, "N T 3 H d"]) -> Float[Tensor, "N T Hd"]:
+        """softmax(Q·Kᵀ / √d)·V of every head, concatenated."""
+        images, tokens, _, heads, depth = qkv.shape
+        qkv = _checked(qkv, depth)
+        out = torch.empty(images, tokens, heads * depth, dtype=qkv.dtype)
+        self._library.attention(
+            qkv.data_ptr(),
+            images,
+            tokens,
+            heads,
+            depth,
+            torch.get_num_threads(),
+            out.data_ptr(),
+        )
+        return out
+
+    def after_attention(
+        self,
+        x: Float[Tensor, "N T D"],
+        heads: Float[Tensor, "N T Hd"],
+        wanted: Set[str] = frozenset(),
+    ) -> dict[str, Float[Tensor, "N T _"]]:
+        """``resid``, the block's output, of its input and what attention made of it; and those of
+        ``attn`` and ``mlp``, what the sublayers add, ``mid``, the stream between them, and
+        ``key_mlp`` [N, T, F], the output of fc1, that are wanted."""
+        x, heads = _checked(x, self._norm2.width), _checked(heads, self._proj.depth)
+        width, hidden_width = self._norm2.width, self._fc1.columns
+        widths = {"attn": width, "mid": width, "key_mlp": hidden_width, "mlp": width}
+        widths = {name: n for name, n in widths.items() if name in wanted} | {"resid": width}
+        out = {name: torch.empty(*x.shape[:2], n, dtype=x.dtype) for name, n in widths.items()}
+        pointers = {name: value.data_ptr() for name, value in out.items()}
+        self._library.after_attention(
+            _AfterAttention(
+                heads=heads.data_ptr(),
+                x=x.data_ptr(),
+                rows=x.shape[0] * x.shape[1],
+                proj=ctypes.pointer(self._proj),
+                fc1=ctypes.pointer(self._fc1),
+                fc2=ctypes.pointer(self._fc2),
+                norm=ctypes.pointer(self._norm2),
+                tail=ctypes.pointer(_normal_tail()),
+                attn_scale=_pointer(self._attn_scale),
+                mlp_scale=_pointer(self._mlp_scale),
+                **pointers,
+            ),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", POINTER), ("bias", POINTER), ("width", INTEGER), ("eps", ctypes.c_float))
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.tensors = norm.weight.detach().float(), norm.bias.detach().float()  # kept alive
+        pointers = (tensor.data_ptr() for tensor in self.tensors)
+        super().__init__(*pointers, norm.normalized_shape[0], norm.eps)
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", POINTER), ("bias", POINTER), ("depth", INTEGER), ("columns", INTEGER))
+
+    def __init__(self, linear: nn.Linear) -> None:
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+        self.tensors = pack_panels(linear.weight.detach()), bias.detach().float()  # kept alive
+        pointers = (tensor.data_ptr() for tensor in self.tensors)
+        super().__init__(*pointers, linear.in_features, linear.out_features)
+
+
+class _Tail(ctypes.Structure):
+    _fields_ = (
+        ("coefficients", POINTER),
+        ("segments_per_unit", ctypes.c_float),
+        ("end", ctypes.c_float),
+    )
+
+
+class _AfterAttention(ctypes.Structure):
+    _fields_ = (
+        *(("heads", POINTER), ("x", POINTER), ("rows", INTEGER)),
+        *((name, ctypes.POINTER(_Linear)) for name in ("proj", "fc1", "fc2")),
+        *(("norm", ctypes.POINTER(_Norm)), ("tail", ctypes.POINTER(_Tail))),
+        *((name, POINTER) for name in ("attn_scale", "mlp_scale")),
+        *((name, POINTER) for name in ("attn", "mid", "key_mlp", "mlp", "resid")),
+    )
+
+
+def _checked(x: Tensor, width: int) -> Tensor:
+    if x.dtype != torch.bfloat16 or not x.is_cpu or x.shape[-1] != width:
+        raise ValueError(
+            f"a block of width {width} takes bfloat16 on a CPU, not {tuple(x.shape)} in {x.dtype} "
+            f"on {x.device}"
+        )
+    return x.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def tail_coefficients() -> Float32[np.ndarray, "powers segments"]:
+    """Cubics in [0, 1) for the normal distribution's upper tail on equal segments of
+    [0, ``GELU_END``], by falling powers; off by 6e-7 at most."""
+    width = GELU_END / GELU_SEGMENTS
+    nodes = np.polynomial.chebyshev.chebpts1(GELU_DEGREE + 1) / 2 + 0.5
+    places = (np.arange(GELU_SEGMENTS) + nodes[:, None]) * width
+    tail = torch.special.erfc(torch.from_numpy(places / np.sqrt(2))).numpy() / 2
+    return np.ascontiguousarray(np.polyfit(nodes, tail, GELU_DEGREE), np.float32)
+
+
+@functools.cache
+def _normal_tail() -> _Tail:
+    # Just under the end, which would be a segment of its own.
+    end = np.nextafter(np.float32(GELU_END), np.float32(0))
+    return _Tail(tail_coefficients().ctypes.data, GELU_SEGMENTS / GELU_END, end)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = load(SOURCE)
+    structure = ctypes.POINTER
+    library.normalised_linear.argtypes = [
+        *(POINTER, INTEGER, structure(_Norm), structure(_Linear), INTEGER, POINTER),
+    ]
+    library.attention.argtypes = [*(POINTER, INTEGER, INTEGER, INTEGER, INTEGER, INTEGER, POINTER)]
+    library.after_attention.argtypes = [structure(_AfterAttention), INTEGER]
+    for function in (library.normalised_linear, library.attention, library.after_attention):
+        function.restype = None
+    return library

@@ -1,0 +1,121 @@
+"""Blocks through the fused kernel: which fit, when they are taken, and what they give."""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from variants import SMALL, VARIANTS
+
+from classlens.extractor.blocks import block_sites, full_attention
+from classlens.extractor.config import ExtractConfig
+from classlens.extractor.engine import choose_forward, choose_impl
+from classlens.extractor.fused_blocks import FusedBlocks, fusable
+from classlens.extractor.interventions import self_only
+from classlens.extractor.models import load_subject
+from classlens.extractor.prepare import prepare
+from classlens.extractor.run import extract
+from classlens.extractor.schema import read_attributes
+from classlens.kernels import cpp
+from classlens.kernels.amx import amx_found
+from classlens.kernels.vit_block_amx import VitBlockAmx
+
+needs_amx = pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
+WIDE = {**SMALL, "embed_dim": 96, "num_classes": 10}  # heads of 32
+SITES = {"resid", "mid", "attn", "mlp", "key_mlp", "key_attn", "query", "key", "value"}
+
+
+def wide(variant: str = "cls", **settings) -> ExtractConfig:
+    name, extra, _ = VARIANTS[variant]
+    arguments = {**WIDE, **extra, **settings.pop("model_args", {})}
+    settings = {"weights": "random:3", "batch_size": 4, "dtype": "bfloat16", **settings}
+    return ExtractConfig(model=name, model_args=arguments, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits"),
+    [
+        ({}, True),
+        ({"init_values": 0.1}, True),
+        ({"qkv_bias": False}, True),
+        ({"num_heads": 6}, False),  # heads of 16
+        ({"embed_dim": 48}, False),
+        ({"mlp_ratio": 1.5}, False),  # 144 neurons
+        ({"qk_norm": True}, False),
+        ({"scale_attn_norm": True}, False),
+        ({"scale_mlp_norm": True}, False),
+        ({"act_layer": "quick_gelu"}, False),
+        ({"act_layer": "gelu_tanh"}, False),
+    ],
+)
+def test_which_blocks_fit(arguments, fits):
+    assert fusable(load_subject(wide(model_args=arguments)).model) is fits
+
+
+def test_other_kinds_of_blocks_do_not_fit():
+    assert not fusable(load_subject(wide("post-norm-gap")).model)
+    model = VisionTransformer(32, 8, embed_dim=96, depth=2, num_heads=3, num_classes=10)
+    assert fusable(model)
+    model.blocks[1].mlp.act = nn.GELU(approximate="tanh")  # pyright: ignore
+    assert not fusable(model)
+
+
+@needs_amx
+@pytest.mark.parametrize("variant", ["cls", "registers-layerscale-gap"])
+@pytest.mark.parametrize("attend", [full_attention, lambda q, k, v: self_only(q, k, v, prefix=1)])
+def test_sites_are_those_of_the_block_but_for_rounding(variant, attend):
+    model = load_subject(wide(variant)).model.to(torch.bfloat16)
+    fused = FusedBlocks(model)
+    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.inference_mode():
+        for block in model.blocks:
+            expected = block_sites(block, x, SITES, attend)
+            found = fused(block, x, SITES, attend)
+            assert set(found) == set(expected) == SITES
+            for name, site in expected.items():
+                assert found[name].shape == site.shape
+                # Sums in another order, whose rounding carries on through four products.
+                scale = float(site.abs().max())
+                torch.testing.assert_close(found[name], site, rtol=2**-7, atol=2**-7 * scale)
+            assert set(fused(block, x, {"mlp", "query"})) == {"resid", "mlp", "query"}
+            x = expected["resid"]
+
+
+@needs_amx
+def test_when_the_fused_blocks_are_taken(monkeypatch):
+    subject, post_norm = load_subject(wide()), load_subject(wide("post-norm-gap"))
+    assert choose_forward(wide(), subject, 5) == "amx"
+    assert choose_forward(wide(compile=True), subject, 5) == "amx"
+    assert choose_forward(wide(certify=True), subject, 5) == "amx"
+    assert choose_impl(wide(certify=True), 5) == "torch"
+    assert choose_forward(wide(compile=False), subject, 5) == "eager"
+    assert choose_forward(wide(dtype="float32"), subject, 5) == "eager"
+    assert choose_forward(wide("post-norm-gap"), post_norm, 5) == "eager"
+    assert choose_forward(wide("post-norm-gap", compile=True), post_norm, 5) == "compiled"
+    monkeypatch.setattr(cpp, "compiler", lambda: None)
+    assert choose_forward(wide(), subject, 5) == "eager"
+
+
+@needs_amx
+def test_an_extraction_takes_them_and_says_so(make_shards, tmp_path, monkeypatch):
+    shards, blocks = [str(s) for s in make_shards((9,))], []
+    original = VitBlockAmx.after_attention
+
+    def counted(self, *args, **kwargs):
+        blocks.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(VitBlockAmx, "after_attention", counted)
+    prepared = prepare(wide(), shards)
+    extract(prepared, tmp_path / "fused")
+    assert len(set(blocks)) == 3
+    assert read_attributes(tmp_path / "fused")["forward"] == "amx"
+    eager = prepare(wide(compile=False), shards)
+    extract(eager, tmp_path / "eager")
+    assert read_attributes(tmp_path / "eager")["forward"] == "eager"
+    ranks = [
+        np.asarray(zarr.open_array(str(tmp_path / name / "scores/rank"), mode="r")[...])
+        for name in ("fused", "eager")
+    ]
+    assert np.abs(ranks[0].astype(int) - ranks[1]).mean() < 0.2  # of 10 classes

@@ -1,0 +1,253 @@
+"""A transformer block by the fused kernel of CPUs with AMX, held to float64 by derived bounds.
+
+Each product is checked from what entered it, as rounded, so that errors do not add up: u, half a
+unit in the last place of bfloat16, for every operation whose result is rounded.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from classlens.kernels.amx import amx_found
+from classlens.kernels.vit_block_amx import (
+    GELU_END,
+    GELU_SEGMENTS,
+    VitBlockAmx,
+    tail_coefficients,
+)
+
+needs_amx = pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
+U = 2.0**-8
+SUM = 2.0**-14  # of float32 sums of up to 600 products, and of the vector functions
+WIDTH, HEADS, HEAD_DIM, HIDDEN = 96, 3, 64, 160  # of heads 192 in all; none a multiple of 128
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    made = {
+        "norm1": nn.LayerNorm(WIDTH, eps=1e-6),
+        "qkv": nn.Linear(WIDTH, 3 * HEADS * HEAD_DIM),
+        "proj": nn.Linear(HEADS * HEAD_DIM, WIDTH),
+        "norm2": nn.LayerNorm(WIDTH, eps=1e-3),
+        "fc1": nn.Linear(WIDTH, HIDDEN),
+        "fc2": nn.Linear(HIDDEN, WIDTH, bias=False),
+    }
+    for module in made.values():
+        for parameter in module.parameters():
+            parameter.data = (parameter + 0.3 * torch.randn_like(parameter)).to(torch.bfloat16)
+    return made
+
+
+@pytest.fixture(scope="module")
+def block(modules: dict[str, nn.Module]) -> VitBlockAmx:
+    return VitBlockAmx(num_heads=HEADS, **modules)  # pyright: ignore[reportArgumentType]
+
+
+def inputs(images: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(images, tokens, WIDTH, generator=generator)
+    return (x * torch.linspace(0.5, 20, WIDTH) + 3).to(torch.bfloat16)
+
+
+def linear64(x: Tensor, linear: nn.Module, off: Tensor | float) -> tuple[Tensor, Tensor]:
+    """An exact product and its bound, of rows that are each off by so much at most."""
+    weight, bias = linear.weight.double(), linear.bias
+    y = F.linear(x, weight, None if bias is None else bias.double())
+    size = F.linear(off + SUM * x.abs(), weight.abs())
+    return y, size + U * (y.abs() + size)
+
+
+def normalised64(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """LayerNorm in float64 and how far its value in bfloat16 may lie from it."""
+    assert isinstance(norm, nn.LayerNorm)
+    exact = F.layer_norm(
+        x.double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps
+    )
+    return exact, (U + SUM) * exact.abs() + SUM * norm.bias.double().abs()
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    off = (actual.double() - expected).abs()
+    assert off.isfinite().all()
+    assert (off <= bound).all(), (off / bound).max()
+    assert (off / bound).max() > 0.02  # or the bound proves nothing
+
+
+@needs_amx
+@pytest.mark.parametrize(("images", "tokens"), [(1, 2), (3, 5), (2, 33), (2, 197)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_product_is_within_its_bound(
+    modules: dict[str, nn.Module],
+    images: int,
+    tokens: int,
+    scaled: bool,
+    poisoned_empty: list[Tensor],
+) -> None:
+    scales = [
+        torch.linspace(-2, 2, WIDTH, dtype=torch.bfloat16) * s if scaled else None for s in (1, 3)
+    ]
+    attn_scale, mlp_scale = scales
+    block = VitBlockAmx(
+        num_heads=HEADS,
+        **modules,  # pyright: ignore[reportArgumentType]
+        attn_scale=attn_scale,
+        mlp_scale=mlp_scale,
+    )
+    x = inputs(images, tokens)
+    qkv = block.qkv(x)
+    assert any(tensor.data_ptr() == qkv.data_ptr() for tensor in poisoned_empty)
+    assert qkv.shape == (images, tokens, 3, HEADS, HEAD_DIM)
+    assert_within(qkv.flatten(2), *linear64(*normal(x, modules, "norm1", "qkv")))
+
+    heads = block.attention(qkv)
+    query, key, value = (part.transpose(1, 2).double() for part in qkv.unbind(2))
+    weights = (query @ key.mT / HEAD_DIM**0.5).softmax(dim=-1)
+    exact = (weights @ value).transpose(1, 2).flatten(2)
+    # The weights and the result are rounded; the scores' float32 sums, up to 40, move the weights.
+    slack = (2 * U + 80 * SUM) * (weights @ value.abs()).transpose(1, 2).flatten(2)
+    assert_within(heads, exact, slack)
+
+    sites = block.after_attention(x, heads, {"attn", "mid", "key_mlp", "mlp", "resid", "others"})
+    assert set(sites) == {"attn", "mid", "key_mlp", "mlp", "resid"}
+    assert_within(sites["attn"], *scaled64(heads.double(), modules["proj"], attn_scale, 0.0))
+    assert torch.equal(sites["mid"], x + sites["attn"])
+    assert_within(sites["key_mlp"], *linear64(*normal(sites["mid"], modules, "norm2", "fc1")))
+    hidden = F.gelu(sites["key_mlp"].double())
+    off = U * hidden.abs() + 2.0**-20
+    assert_within(sites["mlp"], *scaled64(hidden, modules["fc2"], mlp_scale, off))
+    assert torch.equal(sites["resid"], sites["mid"] + sites["mlp"])
+
+    alone = block.after_attention(x, heads)
+    assert set(alone) == {"resid"}
+    assert torch.equal(alone["resid"], sites["resid"])
+
+
+def normal(
+    x: Tensor, modules: dict[str, nn.Module], norm: str, linear: str
+) -> tuple[Tensor, nn.Module, Tensor]:
+    exact, off = normalised64(x, modules[norm])
+    return exact, modules[linear], off
+
+
+def scaled64(
+    x: Tensor, linear: nn.Module, scale: Tensor | None, off: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """`linear64` times a LayerScale, whose product is rounded once more."""
+    y, bound = linear64(x, linear, off)
+    if scale is None:
+        return y, bound
+    size = bound * scale.double().abs()
+    return y * scale.double(), size + U * (y * scale.double()).abs() + U * size
+
+
+@needs_amx
+def test_a_token_does_not_depend_on_the_batch(block: VitBlockAmx) -> None:
+    x = inputs(3, 50)  # 150 rows: a whole group of 128 and a part of one
+    qkv = block.qkv(x)
+    heads = block.attention(qkv)
+    resid = block.after_attention(x, heads)["resid"]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for image in range(3):
+            one = slice(image, image + 1)
+            assert torch.equal(block.qkv(x[one]), qkv[one])
+            assert torch.equal(block.attention(qkv[one]), heads[one])
+            assert torch.equal(block.after_attention(x[one], heads[one])["resid"], resid[one])
+    torch.set_num_threads(1)
+
+
+@needs_amx
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_and_in_its_image(block: VitBlockAmx, bad: float) -> None:
+    x = inputs(2, 40)
+    heads = block.attention(block.qkv(x))
+    good = block.after_attention(x, heads)["resid"]
+    x[1, 39, 7] = bad
+    heads = block.attention(block.qkv(x))
+    resid = block.after_attention(x, heads)["resid"]
+    assert torch.equal(resid[0], good[0])
+    assert resid[1].isnan().all()  # every token attends to the bad one
+
+
+@needs_amx
+def test_extreme_scores_one_token_and_no_images(block: VitBlockAmx) -> None:
+    qkv = torch.zeros(1, 40, 3, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    qkv[0, :, 2] = torch.arange(40)[:, None, None]
+    qkv[0, 5, 1], qkv[0, :, 0] = 1e3, 1e3  # all attention to token 5
+    assert (block.attention(qkv) == 5).all()
+    qkv[0, 5, 1] = -1e3  # none to it
+    mean = (39 * 40 / 2 - 5) / 39
+    torch.testing.assert_close(
+        block.attention(qkv).float().mean(), torch.tensor(mean), rtol=U, atol=0
+    )
+    one = block.qkv(inputs(2, 1))  # of one token, whose value is its output
+    assert torch.equal(block.attention(one), one[:, :, 2].flatten(2))
+    assert block.qkv(inputs(2, 3)[:0]).shape == (0, 3, 3, HEADS, HEAD_DIM)
+
+
+@needs_amx
+def test_views_are_read_as_they_are(block: VitBlockAmx) -> None:
+    whole = inputs(2, 8)
+    assert torch.equal(block.qkv(whole[:, 1:]), block.qkv(whole)[:, 1:])
+
+
+def test_the_tail_of_the_normal_distribution() -> None:
+    powers = np.arange(3, -1, -1)[:, None, None]
+    t = np.linspace(0, 1, 101)[:-1]
+    fitted = (tail_coefficients().astype(np.float64)[..., None] * t**powers).sum(axis=0)
+    places = (np.arange(GELU_SEGMENTS)[:, None] + t) * GELU_END / GELU_SEGMENTS
+    exact = torch.special.erfc(torch.from_numpy(places / np.sqrt(2))).numpy() / 2
+    assert np.abs(fitted - exact).max() < 6e-7
+    assert (exact[:, 0] > 1e-9).all()
+
+
+@needs_amx
+def test_gelu_of_every_bfloat16(modules: dict[str, nn.Module]) -> None:
+    """fc1 gives each of 96 values to a neuron of its own, fc2 gives it back."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.bfloat16)
+    values = values[values.isfinite() & (values.abs() < 1e30)]
+    values = F.pad(values, (0, -len(values) % WIDTH)).view(-1, WIDTH)
+    one = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+    one.weight.data = torch.eye(WIDTH, dtype=torch.bfloat16)
+    nothing = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+    nothing.weight.data.zero_()
+    found, expected = [], []
+    for row in values:
+        norm = nn.LayerNorm(WIDTH, dtype=torch.bfloat16)
+        norm.weight.data.zero_()
+        norm.bias.data = row  # so that LayerNorm gives the values
+        block = VitBlockAmx(
+            num_heads=1,
+            norm1=norm,
+            qkv=nn.Linear(WIDTH, 3 * WIDTH, dtype=torch.bfloat16),
+            proj=nothing,
+            norm2=norm,
+            fc1=one,
+            fc2=one,
+        )
+        x = torch.ones(1, 1, WIDTH, dtype=torch.bfloat16)
+        x[0, 0, 0] = 2
+        sites = block.after_attention(x, x, {"key_mlp", "mlp"})
+        found.append(sites["mlp"])
+        expected.append(F.gelu(sites["key_mlp"].double()))
+    found, expected = torch.cat(found).double(), torch.cat(expected)
+    assert ((found - expected).abs() <= U * expected.abs() + 6 * 6e-7).all()
+
+
+def test_what_does_not_fit_is_named(modules: dict[str, nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"not all multiples of 32"):
+        VitBlockAmx(num_heads=8, **modules)  # pyright: ignore[reportArgumentType]
+    wide = {**modules, "proj": nn.Linear(HEADS * HEAD_DIM, WIDTH)}
+    with pytest.raises(ValueError, match=r"weights are .* on cpu; pass"):
+        VitBlockAmx(num_heads=HEADS, **wide)  # pyright: ignore[reportArgumentType]
+
+
+@needs_amx
+def test_what_is_no_bfloat16_of_the_width_is_refused(block: VitBlockAmx) -> None:
+    for x in (inputs(1, 2).float(), inputs(1, 2)[..., :64]):
+        with pytest.raises(ValueError, match="width 96 takes bfloat16 on a CPU, not"):
+            block.qkv(x)
