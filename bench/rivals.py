@@ -47,6 +47,7 @@ SHOWN = (
     "dtype",
     "images_per_s",
     "times_authors",
+    "share_of_peak",
     "bytes_per_image",
     "equal_ranks",
     "in_bracket",
@@ -96,6 +97,10 @@ def rivals(
     attention maps, keys, values and MLP keys. "authors-scores" leaves those out and so keeps what
     ours keeps: label's rank and logit and top classes (theirs five, ours one, and ours the
     log-probability too) of every token, in the streams resid, attn and mlp of every block.
+
+    share_of_peak: of the fastest large matrix product in the extractor's dtype, timed in every
+    round, what forward pass and scoring come to. No extractor can be faster than the authors' by
+    more than the inverse of their share.
 
     All those ranks are compared, one by one: image, block, stream and token, CLS among them.
     equal_ranks is the share of equal ones; in_bracket the share of theirs that lie where
@@ -210,9 +215,12 @@ def measure(
     """
     import torch
 
+    from classlens.bench.extract import flops
+    from classlens.bench.machine import gemm_peak
     from classlens.bench.photographs import write_photographs
     from classlens.extractor.engine import choose_forward
     from classlens.extractor.prepare import prepare
+    from classlens.extractor.scorer import DTYPES
 
     unit_images = configs[0].batch_size or images
     shards = write_photographs(folder / "shards", images, unit_images, images // IMAGES_PER_CLASS)
@@ -255,18 +263,25 @@ def measure(
             check(one, rival.out, their_ranks, their_pixels)
             for one, rival in zip(prepared, ours, strict=True)
         ]
+        peaks: dict[str, list[float]] = {"float32": []} | {one.dtype: [] for one in configs}
         for _ in range(rounds):
             for rival in everyone:
                 rival.seconds.append(rival.extract())
+            for dtype, found in peaks.items():
+                found.append(gemm_peak("cpu", DTYPES[dtype]))
     fixed = {"model": reference["model"], "images": images, "rounds": rounds, **common}
     authors_s = statistics.median(authors.seconds)
+    image_flops = sum(flops(prepared[0]))
+    floor_s = {
+        dtype: images * image_flops / statistics.median(found) for dtype, found in peaks.items()
+    }
     rows = [
         {
             "rival": rival.name,
             **fixed,
             "dtype": "float32",
             "batch_size": IMAGES_PER_CLASS,
-            **rival.figures(images, authors_s),
+            **rival.figures(images, authors_s, floor_s["float32"]),
         }
         for rival in (authors, scores_only)
     ]
@@ -277,7 +292,7 @@ def measure(
             "dtype": config.dtype,
             "batch_size": config.batch_size,
             "forward": choose_forward(config, one.subject, images),
-            **rival.figures(images, authors_s),
+            **rival.figures(images, authors_s, floor_s[config.dtype]),
             **checked,
         }
         for one, config, rival, checked in zip(prepared, configs, ours, checks, strict=True)
@@ -331,13 +346,15 @@ class Rival:
         shutil.rmtree(self._again, ignore_errors=True)
         return seconds
 
-    def figures(self, images: int, authors_s: float) -> dict[str, Any]:
-        """Its throughput and the size of what it wrote; ``authors_s``: the authors' seconds."""
+    def figures(self, images: int, authors_s: float, floor_s: float) -> dict[str, Any]:
+        """Its throughput and the size of what it wrote; ``authors_s``: the authors' seconds;
+        ``floor_s``: those that the FLOPs take at the peak of a matrix product."""
         median_s = statistics.median(self.seconds)
         size = sum(f.stat().st_size for f in self.out.rglob("*") if f.is_file())
         return {
             "images_per_s": round(images / median_s, 3),
             "times_authors": round(authors_s / median_s, 2),
+            "share_of_peak": round(floor_s / median_s, 3),
             "bytes_per_image": round(size / images),
             "seconds": [round(s, 3) for s in self.seconds],
         }

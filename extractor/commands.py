@@ -192,7 +192,7 @@ def extract(
         click.echo(json.dumps(summary_json(summary)))
     else:
         print_summary(summary)
-        _print_faster_dtype(config)
+        _print_faster(config)
     return 3 if summary.bad_images else None
 
 
@@ -374,13 +374,22 @@ def print_summary(summary: Summary) -> None:
         click.echo(f"{left} units are with other processes; `classlens status` shows when done")
 
 
-def _print_faster_dtype(config: ExtractConfig) -> None:
+def _print_faster(config: ExtractConfig) -> None:
+    """What this CPU would do faster, if there is something."""
+    from classlens.kernels import amx, cpp
     from classlens.kernels.cpu_bfloat16 import bfloat16_speedup, native_bfloat16
 
-    if config.on_cpu and config.dtype == "float32" and native_bfloat16():
+    if not config.on_cpu:
+        return
+    if config.dtype == "float32" and native_bfloat16():
         click.echo(
             f"this CPU multiplies bfloat16 {bfloat16_speedup():.1f} times as fast: --dtype "
             "bfloat16, which is less exact (`classlens bench fidelity` says by how much)"
+        )
+    if config.dtype == "bfloat16" and amx.has_amx() and cpp.compiler() is None:
+        click.echo(
+            "this CPU scores about twice as fast by kernels that need a C++ compiler: install g++, "
+            "or `pip install 'classlens[compiler]'`"
         )
 
 

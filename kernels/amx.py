@@ -18,9 +18,14 @@ PANEL = 32  # columns, and values of the depth, of a group of tiles
 TILE = 16  # columns of a tile
 
 
+def has_amx() -> bool:
+    """Whether this CPU has AMX for bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def amx_found() -> bool:
     """Whether this CPU has AMX for bfloat16 and a C++ compiler is at hand."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16")) and cpp.compiler() is not None
+    return has_amx() and cpp.compiler() is not None
 
 
 def load(source: Path) -> ctypes.CDLL:

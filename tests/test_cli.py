@@ -60,6 +60,17 @@ def test_extract_query_and_look_after_a_store(make_shards, tmp_path):
     assert json.loads(out)[0]["n"] == 8 * 2 * 16
 
 
+def test_an_extraction_says_what_would_be_faster(make_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("classlens.kernels.cpu_bfloat16.native_bfloat16", lambda: True)
+    monkeypatch.setattr("classlens.kernels.amx.has_amx", lambda: True)
+    monkeypatch.setattr("classlens.kernels.cpp.compiler", lambda: None)
+    shards = make_shards((3,))[0].parent
+    command = ["extract", shards, *MODEL, "--device", "cpu"]
+    assert "as fast: --dtype bfloat16" in run(*command, "--out", tmp_path / "float32")[1]
+    out = run(*command, "--dtype", "bfloat16", "--out", tmp_path / "bfloat16")[1]
+    assert "twice as fast by kernels that need a C++ compiler: install g++" in out
+
+
 def test_probes_make_a_store_that_every_command_reads(make_shards, tmp_path):
     train, test = make_shards((20, 6))
     store, probes, page = tmp_path / "store", tmp_path / "probes", tmp_path / "report.html"
