@@ -195,9 +195,10 @@ def test_a_process_extracts_again_and_again(tmp_path):
         rival.extract()
         rival.seconds += [rival.extract(), rival.extract()]
     assert set(rival.versions) == {"python"}
-    figures = rival.figures(images=10, authors_s=60.0)
+    figures = rival.figures(images=10, authors_s=60.0, floor_s=0.0)
     assert figures["bytes_per_image"] == 2
     assert figures["images_per_s"] > 0
+    assert figures["share_of_peak"] == 0
     assert [f.name for f in tmp_path.iterdir() if f.is_dir()] == ["a-b-out"]
 
 
