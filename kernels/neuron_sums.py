@@ -1,18 +1,20 @@
 """What the activations of a block's neurons come to over the image tokens of a batch.
 
-    activations [N, T, F] → peak and mean of each image [N, F], counts of their codes [F, C]
+    activations [N, T, F] → peak and mean of each image [N, F], counts of their codes [F, C],
+    codes of some pairs of an image and a neuron [Q, G]
 
-Shape letters: N images, T tokens, G patches, S tokens counted of an image, F neurons, C codes.
+Shape letters: N images, T tokens, G patches, S tokens counted of an image, F neurons, C codes,
+Q pairs of an image and a neuron.
 """
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from classlens.kernels.activation_codes import CODES, activation_codes
-from classlens.kernels.neuron_sums_avx512 import neuron_sums_avx512
+from classlens.kernels.neuron_sums_avx512 import neuron_sums_avx512, pair_codes_avx512
 
 SumsImpl = Literal["torch", "avx512"]
 
@@ -42,14 +44,41 @@ def neuron_sums(
     Raises:
         ValueError: an argument does not fit; the message says which and what to pass instead.
     """
-    if not 0 <= prefix < x.shape[1]:
-        raise ValueError(f"prefix={prefix} leaves none of {x.shape[1]} tokens; pass fewer")
+    _check(x, prefix, impl)
     if impl == "avx512":
         return neuron_sums_avx512(x, prefix, counted)
-    if impl != "torch":
-        raise ValueError(f"impl={impl!r} is not torch or avx512; pass one of these")
     peak_NF, mean_NF = _peak_and_mean(x[:, prefix:])
     return peak_NF, mean_NF, _histogram(x, counted.long())
+
+
+def pair_codes(
+    x: Float[Tensor, "N T F"],
+    prefix: int,
+    images: Int[Tensor, " Q"],
+    neurons: Int[Tensor, " Q"],
+    *,
+    impl: SumsImpl = "torch",
+) -> UInt8[Tensor, "Q G"]:
+    """The codes of pairs of an image and a neuron, at the tokens behind the first ``prefix``.
+
+    Args:
+        x, prefix, impl: as of `neuron_sums`.
+        images, neurons: [Q], of each pair; in range, which is not checked. In order they are quick.
+
+    Raises:
+        ValueError: an argument does not fit; the message says which and what to pass instead.
+    """
+    _check(x, prefix, impl)
+    if impl == "avx512":
+        return pair_codes_avx512(x, prefix, images, neurons)
+    return activation_codes(x[:, prefix:].transpose(1, 2)[images, neurons])
+
+
+def _check(x: Tensor, prefix: int, impl: str) -> None:
+    if not 0 <= prefix < x.shape[1]:
+        raise ValueError(f"prefix={prefix} leaves none of {x.shape[1]} tokens; pass fewer")
+    if impl not in ("torch", "avx512"):
+        raise ValueError(f"impl={impl!r} is not torch or avx512; pass one of these")
 
 
 def _peak_and_mean(x_NGF: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
-// Peaks, means and histograms of codes of every neuron, bfloat16 on CPUs with AVX-512. Compiled and
+// Peaks, means, histograms of codes and codes of neurons, bfloat16 on CPUs with AVX-512. Compiled and
 // called by neuron_sums_avx512.py; activation_codes.py says what a code is.
 //
 // Images are shared among the threads for peaks and means, neurons for the histograms: so no two
 // threads write the same place, and a group's histograms stay in the second-level cache.
 //
-// Letters: N images, T tokens, P of them before the patches, F neurons, S tokens counted of an image.
+// Letters: N images, T tokens, P of them before the patches, G patches, F neurons, S tokens counted of
+// an image, Q pairs of an image and a neuron.
 
 #include <immintrin.h>
 
@@ -91,6 +92,31 @@ void neuron_sums(const uint16_t* x, int64_t images, int64_t tokens, int64_t pref
                             ++histogram[(f + i) * CODES + codes[i]];
                     }
                 }
+        }
+    });
+}
+
+// Codes of all patches of pairs. x: as above. image, neuron: [Q]; neighbours that lie close in x are
+// quick. codes: [Q, G].
+void pair_codes(const uint16_t* x, int64_t tokens, int64_t prefix, int64_t width,
+                const int64_t* image, const int64_t* neuron, int64_t pairs, int64_t threads,
+                uint8_t* codes) {
+    const int64_t patches = tokens - prefix;
+    on_threads(threads, [=](auto next) {
+        alignas(32) uint16_t bits[LANES] = {};
+        alignas(16) uint8_t found[LANES];
+        for (int64_t first; (first = next() * LANES) < pairs;) {
+            const int64_t count = std::min<int64_t>(LANES, pairs - first);
+            const uint16_t* column[LANES];
+            for (int64_t i = 0; i < count; ++i)
+                column[i] = x + (image[first + i] * tokens + prefix) * width + neuron[first + i];
+            for (int64_t g = 0; g < patches; ++g) {
+                for (int64_t i = 0; i < count; ++i) bits[i] = column[i][g * width];
+                const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
+                _mm_store_si128(reinterpret_cast<__m128i*>(found),
+                                _mm512_cvtepi32_epi8(codes_of(widen(values))));
+                for (int64_t i = 0; i < count; ++i) codes[(first + i) * patches + g] = found[i];
+            }
         }
     });
 }

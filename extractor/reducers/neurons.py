@@ -33,8 +33,7 @@ from classlens.extractor.reducers.drawing import drawn_patches
 from classlens.extractor.reducers.exemplars import merge_exemplars
 from classlens.extractor.reducers.protocol import Found, Reduce, Targets, UnitPart
 from classlens.extractor.schema import EXEMPLARS, MEAN_UNIT
-from classlens.kernels.activation_codes import activation_codes
-from classlens.kernels.neuron_sums import SumsImpl, neuron_sums
+from classlens.kernels.neuron_sums import SumsImpl, neuron_sums, pair_codes
 
 if TYPE_CHECKING:
     from classlens.extractor.shards import Decoded
@@ -73,7 +72,6 @@ class NeuronsAccumulator:
             x_NTF = sites["key_mlp"]
             if tokens_NS is None:
                 tokens_NS = self._tokens_to_count(targets, x_NTF.shape[1])
-            patches_NGF = x_NTF[:, self.prefix :]
             peak_NF, mean_NF, histogram_FC = neuron_sums(
                 x_NTF, self.prefix, tokens_NS, impl=self.impl
             )
@@ -85,7 +83,7 @@ class NeuronsAccumulator:
                 "image": image_P,
                 "neuron": neuron_P,
                 "value": peak_NF[image_P, neuron_P],
-                "codes": activation_codes(patches_NGF.transpose(1, 2)[image_P, neuron_P]),
+                "codes": pair_codes(x_NTF, self.prefix, image_P, neuron_P, impl=self.impl),
             }
 
         return reduce

@@ -1,11 +1,11 @@
-"""Peaks, means and counts of codes, by either implementation, against loops."""
+"""Peaks, means, counts of codes and codes of pairs, by either implementation, against loops."""
 
 import pytest
 import torch
 
 from classlens.kernels.activation_codes import CODES, activation_codes
 from classlens.kernels.amx import amx_found
-from classlens.kernels.neuron_sums import neuron_sums
+from classlens.kernels.neuron_sums import neuron_sums, pair_codes
 
 needs_avx512 = pytest.mark.skipif(not amx_found(), reason="needs AVX-512 and a C++ compiler")
 IMPLS = ["torch", pytest.param("avx512", marks=needs_avx512)]
@@ -69,9 +69,25 @@ def test_what_is_not_finite_shows_in_the_mean(impl) -> None:
     assert histogram.sum() == 3 * 20
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("pairs", [0, 1, 16, 37])  # a group has 16
+@pytest.mark.parametrize(("tokens", "prefix"), [(1, 0), (9, 5), (17, 1)])
+def test_codes_of_pairs(impl, pairs: int, tokens: int, prefix: int) -> None:
+    x = activations((3, tokens, 48), torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(3, (pairs,), generator=generator)
+    neurons = torch.randint(48, (pairs,), generator=generator)
+    codes = pair_codes(x, prefix, images, neurons, impl=impl)
+    assert codes.shape == (pairs, tokens - prefix)
+    for image, neuron, found in zip(images, neurons, codes, strict=True):
+        assert torch.equal(found, activation_codes(x[image, prefix:, neuron]))
+
+
 def test_errors_name_the_remedy() -> None:
     x, counted = torch.zeros(2, 4, 8), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="prefix=4 leaves none of 4 tokens; pass fewer"):
         neuron_sums(x, 4, counted)
     with pytest.raises(ValueError, match=r"takes bfloat16 on a CPU, not torch.float32 on cpu"):
         neuron_sums(x, 1, counted, impl="avx512")
+    with pytest.raises(ValueError, match=r"takes bfloat16 on a CPU, not torch.float32 on cpu"):
+        pair_codes(x, 1, counted[:, 0], counted[:, 0], impl="avx512")
