@@ -55,7 +55,7 @@ def pair_codes_avx512(
     image_Q: Int[Tensor, " Q"],
     neuron_Q: Int[Tensor, " Q"],
 ) -> UInt8[Tensor, "Q G"]:
-    """`classlens.kernels.neuron_sums.pair_codes`, its arguments already checked; errors as above."""
+    """`classlens.kernels.neuron_sums.pair_codes`, its arguments checked; errors as above."""
     _check(x_NTF)
     x_NTF, image_Q, neuron_Q = x_NTF.contiguous(), image_Q.long(), neuron_Q.long()
     tokens, width = x_NTF.shape[1:]
