@@ -32,10 +32,10 @@ class ExtractConfig:
     max_pixels: larger pictures are not decoded. decoder: of JPEGs; part of the content, so that a
     store never mixes two. decode_threads: None suits the machine, see :attr:`decoding_threads`.
     certify: prove or mend every rank, see `classlens.kernels.certify`. batch_size: None finds one
-    by trial on a GPU, and is 32 on a CPU. compile: what torch.compile can fuse; None where it pays.
-    cuda_graph: launch a batch as one. intervene: one of ``INTERVENTIONS``. intervene_blocks: blocks
-    of an attention knockout; all when None. class_fraction: for token removal, share of a patch
-    that makes it class-labelled.
+    by trial on a GPU, and is 32 on a CPU. compile: what torch.compile can fuse; None where it pays;
+    False leaves out the C++ kernels too. cuda_graph: launch a batch as one. intervene: one of
+    ``INTERVENTIONS``. intervene_blocks: blocks of an attention knockout; all when None.
+    class_fraction: for token removal, share of a patch that makes it class-labelled.
     """
 
     model: str
