@@ -21,6 +21,7 @@ namespace {
 constexpr int AT_ONCE = 4;  // rows of a pass, so that peaks and sums move less often
 constexpr int64_t CODES = 256;
 constexpr int64_t GROUP = 256;  // neurons whose histograms a thread fills, 256 kB
+constexpr int64_t ROWS_AHEAD = 16;  // that are fetched while others are coded
 constexpr int SUB_BITS = 19, BASE = 1984, LARGEST = 127;  // as in activation_codes.py
 
 // The codes of 16 values, one a lane.
@@ -111,6 +112,9 @@ void pair_codes(const uint16_t* x, int64_t tokens, int64_t prefix, int64_t width
             for (int64_t i = 0; i < count; ++i)
                 column[i] = x + (image[first + i] * tokens + prefix) * width + neuron[first + i];
             for (int64_t g = 0; g < patches; ++g) {
+                // Rows are too far apart for the processor to foresee. Past the end it does no harm.
+                _mm_prefetch(column[0] + (g + ROWS_AHEAD) * width, _MM_HINT_T0);
+                _mm_prefetch(column[count - 1] + (g + ROWS_AHEAD) * width, _MM_HINT_T0);
                 for (int64_t i = 0; i < count; ++i) bits[i] = column[i][g * width];
                 const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
                 _mm_store_si128(reinterpret_cast<__m128i*>(found),
