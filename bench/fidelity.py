@@ -236,7 +236,7 @@ def float64_ranks(prepared: Prepared, scorer: Scorer, pixels: Tensor, labels: Te
     space, labels = prepared.subject.space.to(device=config.device), labels.to(config.device)
     ranks_LNST = []
     with torch.inference_mode():
-        for _, sites in scorer.walk(pixels):
+        for _, sites in scorer.walk(pixels, wanted=frozenset(config.streams)):
             x_NSTD = torch.stack([sites[s] for s in config.streams], dim=1)
             scores = class_scores_reference(
                 x_NSTD.flatten(1, 2), space, labels, topk=0, logsumexp=False, dtype=torch.float64
