@@ -99,8 +99,7 @@ def rivals(
     log-probability too) of every token, in the streams resid, attn and mlp of every block.
 
     share_of_peak: of the fastest large matrix product in the extractor's dtype, timed in every
-    round, what forward pass and scoring come to. No extractor can be faster than the authors' by
-    more than the inverse of their share.
+    round, what forward pass and scoring come to.
 
     All those ranks are compared, one by one: image, block, stream and token, CLS among them.
     equal_ranks is the share of equal ones; in_bracket the share of theirs that lie where
