@@ -43,7 +43,7 @@ class FusedBlocks:
     ) -> Sites:
         fused = self._fused[block]
         qkv = fused.qkv(x)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = qkv.transpose(1, 2).unbind(0)
         if attend is full_attention:
             heads = fused.attention(qkv)
         else:

@@ -66,7 +66,9 @@ struct Rounded {
     explicit Rounded(const uint16_t* from) : bits(_mm512_loadu_si512(from)) {}
     __m512 low() const { return widen(_mm512_castsi512_si256(bits)); }
     __m512 high() const { return widen(_mm512_extracti64x4_epi64(bits, 1)); }
-    void store(uint16_t* to) const { _mm512_storeu_si512(to, bits); }
+    void store(uint16_t* to) const { _mm512_store_si512(to, bits); }
+    // Past the caches: a store to a line that is not in them would wait until it is read.
+    void stream(uint16_t* to) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits); }
     Rounded scaled(const float* by) const {
         return {_mm512_mul_ps(low(), _mm512_loadu_ps(by)),
                 _mm512_mul_ps(high(), _mm512_loadu_ps(by + LANES))};
@@ -102,12 +104,11 @@ private:
 };
 
 // Rows as they are into tiles; rows behind the last are zeros.
-void pack_rows(const uint16_t* x, int64_t stride, int rows, int padded, int64_t width,
-               uint16_t* tiles) {
+void pack_rows(const uint16_t* x, int rows, int padded, int64_t width, uint16_t* tiles) {
     for (int m = 0; m < padded; ++m)
         for (int64_t d = 0; d < width; d += TILE_DEPTH)
             _mm512_store_si512(tiles + place_in_tiles(m, d, width),
-                               m < rows ? _mm512_loadu_si512(x + m * stride + d)
+                               m < rows ? _mm512_loadu_si512(x + m * width + d)
                                         : _mm512_setzero_si512());
 }
 
@@ -142,18 +143,27 @@ void pack_normalised(const uint16_t* x, int rows, const Norm& norm, uint16_t* ti
     }
 }
 
-// Calls use(m, c, value) with each 32 outputs of each row. sums: [BLOCK][32], scratch.
+// Calls use(m, c, value) with each 32 outputs of each row, those of a panel while the next one is
+// multiplied. sums: [2][BLOCK][32], scratch.
 template <typename Use>
 void project(const uint16_t* tiles, int rows, const Linear& linear, float* sums, const Use& use) {
     const int padded = static_cast<int>(round_up(rows, PANEL));
+    const int64_t calls = padded / PANEL * (linear.in / TILE_DEPTH);
+    const int rows_a_call = static_cast<int>((rows + calls - 1) / calls);
+    float *ready = sums, *next = sums + BLOCK * PANEL;
+    const auto use_row = [&](int m, int64_t c) {
+        const float *sum = ready + m * PANEL, *bias = linear.bias + c;
+        use(m, c, Rounded(_mm512_add_ps(_mm512_load_ps(sum), _mm512_loadu_ps(bias)),
+                          _mm512_add_ps(_mm512_load_ps(sum + LANES), _mm512_loadu_ps(bias + LANES))));
+    };
     for (int64_t c = 0; c < linear.out; c += PANEL) {
-        multiply_panel(tiles, padded, linear.weight + c * linear.in, linear.in, sums, PANEL);
-        const __m512 low = _mm512_loadu_ps(linear.bias + c);
-        const __m512 high = _mm512_loadu_ps(linear.bias + c + LANES);
-        for (int m = 0; m < rows; ++m)
-            use(m, c, Rounded(_mm512_add_ps(_mm512_load_ps(sums + m * PANEL), low),
-                              _mm512_add_ps(_mm512_load_ps(sums + m * PANEL + LANES), high)));
+        int m = c > 0 ? 0 : rows;
+        multiply_panel(tiles, padded, linear.weight + c * linear.in, linear.in, next, PANEL, [&] {
+            for (const int end = std::min(m + rows_a_call, rows); m < end; ++m) use_row(m, c - PANEL);
+        });
+        std::swap(ready, next);
     }
+    for (int m = 0; m < rows; ++m) use_row(m, linear.out - PANEL);
 }
 
 // Calls work(first, count) for every BLOCK rows, on threads whose tiles are configured. `make` is
@@ -165,14 +175,15 @@ void on_blocks(int64_t rows, int64_t threads, const Make& make) {
         auto work = make();
         for (int64_t first; (first = next() * BLOCK) < rows;)
             work(first, static_cast<int>(std::min<int64_t>(BLOCK, rows - first)));
+        _mm_sfence();  // streamed stores are ordered by nothing else
     });
 }
 
 // Keys [T, d] into panels: the columns of a product with queries.
-void pack_keys(const uint16_t* keys, int64_t stride, int64_t tokens, int64_t padded, int64_t depth,
+void pack_keys(const uint16_t* keys, int64_t tokens, int64_t padded, int64_t depth,
                uint16_t* panels) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(stride * 2)));
+    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(depth * 2)));
     for (int64_t t = 0; t < padded; t += TILE_ROWS) {
         const __mmask16 inside = lanes_below(tokens, t);
         uint16_t* panel = panels + t / PANEL * PANEL * depth + t % PANEL / TILE_ROWS * TILE_VALUES;
@@ -180,16 +191,16 @@ void pack_keys(const uint16_t* keys, int64_t stride, int64_t tokens, int64_t pad
             _mm512_store_si512(
                 panel + d / TILE_DEPTH * 2 * TILE_VALUES + d % TILE_DEPTH / 2 * TILE_DEPTH,
                 _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), inside, rows,
-                                            keys + t * stride + d, 1));
+                                            keys + t * depth + d, 1));
     }
 }
 
 // Values [T, d] into panels: the columns of a product with weights of tokens.
-void pack_values(const uint16_t* values, int64_t stride, int64_t tokens, int64_t padded,
-                 int64_t depth, uint16_t* panels) {
+void pack_values(const uint16_t* values, int64_t tokens, int64_t padded, int64_t depth,
+                 uint16_t* panels) {
     const auto part = [&](int64_t t, int64_t d) {
         return t < tokens ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(
-                                reinterpret_cast<const __m256i*>(values + t * stride + d)))
+                                reinterpret_cast<const __m256i*>(values + t * depth + d)))
                           : _mm512_setzero_si512();
     };
     for (int64_t d = 0; d < depth; d += TILE_ROWS) {
@@ -227,25 +238,27 @@ float pack_softmax(const float* scores, int64_t tokens, int64_t padded, float sc
 
 extern "C" {
 
-// y = linear(norm(x)). x: [M, D]. y: [M, out].
-void normalised_linear(const uint16_t* x, int64_t rows, const Norm* norm, const Linear* linear,
-                       int64_t threads, uint16_t* y) {
+// y = linear(norm(x)). x: [M, D]. y: [3, H, M, d].
+void queries_keys_values(const uint16_t* x, int64_t rows, const Norm* norm, const Linear* linear,
+                         int64_t head_width, int64_t threads, uint16_t* y) {
     on_blocks(rows, threads, [&] {
         return [&, tiles = buffer<uint16_t>(BLOCK * linear->in),
-                sums = buffer<float>(BLOCK * PANEL)](int64_t first, int count) {
+                sums = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
             pack_normalised(x + first * norm->width, count, *norm, tiles.get());
             project(tiles.get(), count, *linear, sums.get(),
                     [&](int m, int64_t c, const Rounded& value) {
-                        value.store(y + (first + m) * linear->out + c);
+                        value.stream(y + (c / head_width * rows + first + m) * head_width +
+                                     c % head_width);
                     });
         };
     });
 }
 
-// softmax(Q K^T / sqrt(d)) V of every head. qkv: [N, T, 3, H, d]. out: [N, T, H, d].
+// softmax(Q K^T / sqrt(d)) V of every head. qkv: [3, H, N, T, d]. out: [N, T, H, d].
 void attention(const uint16_t* qkv, int64_t images, int64_t tokens, int64_t heads, int64_t depth,
                int64_t threads, uint16_t* out) {
-    const int64_t padded = round_up(tokens, PANEL), width = heads * depth, stride = 3 * width;
+    const int64_t padded = round_up(tokens, PANEL), width = heads * depth;
+    const int64_t part = images * tokens * width;
     const float scale = 1.0f / std::sqrt(static_cast<float>(depth));
     on_threads(threads, [=](auto next) {
         const Tiles configured;
@@ -254,13 +267,13 @@ void attention(const uint16_t* qkv, int64_t images, int64_t tokens, int64_t head
         const auto weights = buffer<uint16_t>(PANEL * padded);
         const auto scores = buffer<float>(PANEL * padded), sums = buffer<float>(PANEL * PANEL);
         for (int64_t task; (task = next()) < images * heads;) {
-            const uint16_t* query = qkv + task / heads * tokens * stride + task % heads * depth;
-            uint16_t* result = out + task / heads * tokens * width + task % heads * depth;
-            pack_keys(query + width, stride, tokens, padded, depth, keys.get());
-            pack_values(query + 2 * width, stride, tokens, padded, depth, values.get());
+            const uint16_t* query = qkv + task * tokens * depth;
+            uint16_t* result = out + task % images * tokens * width + task / images * depth;
+            pack_keys(query + part, tokens, padded, depth, keys.get());
+            pack_values(query + 2 * part, tokens, padded, depth, values.get());
             for (int64_t first = 0; first < tokens; first += PANEL) {
                 const int count = static_cast<int>(std::min<int64_t>(PANEL, tokens - first));
-                pack_rows(query + first * stride, stride, count, PANEL, depth, queries.get());
+                pack_rows(query + first * depth, count, PANEL, depth, queries.get());
                 for (int64_t t = 0; t < padded; t += PANEL)
                     multiply_panel(queries.get(), PANEL, keys.get() + t * depth, depth,
                                    scores.get() + t, padded);
@@ -294,28 +307,30 @@ void after_attention(const AfterAttention* all, int64_t threads) {
         return [&, gelu = Gelu(*a.tail), tiles = buffer<uint16_t>(BLOCK * widest),
                 hidden = buffer<uint16_t>(BLOCK * hidden_width),
                 mid = buffer<uint16_t>(BLOCK * width),
-                sums = buffer<float>(BLOCK * PANEL)](int64_t first, int count) {
+                sums = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
             const int padded = static_cast<int>(round_up(count, PANEL));
-            pack_rows(a.heads + first * a.proj->in, a.proj->in, count, padded, a.proj->in, tiles.get());
+            std::memcpy(mid.get(), a.x + first * width, sizeof(uint16_t) * count * width);
+            pack_rows(a.heads + first * a.proj->in, count, padded, a.proj->in, tiles.get());
             project(tiles.get(), count, *a.proj, sums.get(), [&](int m, int64_t c, Rounded value) {
                 const int64_t place = (first + m) * width + c;
                 if (a.attn_scale != nullptr) value = value.scaled(a.attn_scale + c);
-                if (a.attn != nullptr) value.store(a.attn + place);
-                const Rounded sum = Rounded(a.x + place) + value;
-                sum.store(mid.get() + m * width + c);
-                if (a.mid != nullptr) sum.store(a.mid + place);
+                if (a.attn != nullptr) value.stream(a.attn + place);
+                uint16_t* stream = mid.get() + m * width + c;
+                const Rounded sum = Rounded(stream) + value;
+                sum.store(stream);
+                if (a.mid != nullptr) sum.stream(a.mid + place);
             });
             pack_normalised(mid.get(), count, *a.norm, tiles.get());
             project(tiles.get(), count, *a.fc1, sums.get(), [&](int m, int64_t c, Rounded value) {
-                if (a.keys != nullptr) value.store(a.keys + (first + m) * hidden_width + c);
+                if (a.keys != nullptr) value.stream(a.keys + (first + m) * hidden_width + c);
                 Rounded(gelu(value.low()), gelu(value.high()))
                     .store(hidden.get() + place_in_tiles(m, c, hidden_width));
             });
             project(hidden.get(), count, *a.fc2, sums.get(), [&](int m, int64_t c, Rounded value) {
                 const int64_t place = (first + m) * width + c;
                 if (a.mlp_scale != nullptr) value = value.scaled(a.mlp_scale + c);
-                if (a.mlp != nullptr) value.store(a.mlp + place);
-                (Rounded(mid.get() + m * width + c) + value).store(a.resid + place);
+                if (a.mlp != nullptr) value.stream(a.mlp + place);
+                (Rounded(mid.get() + m * width + c) + value).stream(a.resid + place);
             });
         };
     });

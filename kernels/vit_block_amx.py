@@ -69,23 +69,24 @@ class VitBlockAmx:
         self._attn_scale = None if attn_scale is None else attn_scale.detach().float()
         self._mlp_scale = None if mlp_scale is None else mlp_scale.detach().float()
 
-    def qkv(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T 3 H d"]:
+    def qkv(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "3 H N T d"]:
         """Queries, keys and values of every head, of the block's input."""
         x = _checked(x, self._norm1.width)
-        out = torch.empty(*x.shape[:2], 3, self.num_heads, self.head_dim, dtype=x.dtype)
-        self._library.normalised_linear(
+        out = torch.empty(3, self.num_heads, *x.shape[:2], self.head_dim, dtype=x.dtype)
+        self._library.queries_keys_values(
             x.data_ptr(),
             x.shape[0] * x.shape[1],
             self._norm1,
             self._qkv,
+            self.head_dim,
             torch.get_num_threads(),
             out.data_ptr(),
         )
         return out
 
-    def attention(self, qkv: Float[Tensor, "N T 3 H d"]) -> Float[Tensor, "N T Hd"]:
+    def attention(self, qkv: Float[Tensor, "3 H N T d"]) -> Float[Tensor, "N T Hd"]:
         """softmax(Q·Kᵀ / √d)·V of every head, concatenated."""
-        images, tokens, _, heads, depth = qkv.shape
+        _, heads, images, tokens, depth = qkv.shape
         qkv = _checked(qkv, depth)
         out = torch.empty(images, tokens, heads * depth, dtype=qkv.dtype)
         self._library.attention(
@@ -205,11 +206,11 @@ def _normal_tail() -> _Tail:
 def _library() -> ctypes.CDLL:
     library = load(SOURCE)
     structure = ctypes.POINTER
-    library.normalised_linear.argtypes = [
-        *(POINTER, INTEGER, structure(_Norm), structure(_Linear), INTEGER, POINTER),
+    library.queries_keys_values.argtypes = [
+        *(POINTER, INTEGER, structure(_Norm), structure(_Linear), INTEGER, INTEGER, POINTER),
     ]
     library.attention.argtypes = [*(POINTER, INTEGER, INTEGER, INTEGER, INTEGER, INTEGER, POINTER)]
     library.after_attention.argtypes = [structure(_AfterAttention), INTEGER]
-    for function in (library.normalised_linear, library.attention, library.after_attention):
+    for function in (library.queries_keys_values, library.attention, library.after_attention):
         function.restype = None
     return library

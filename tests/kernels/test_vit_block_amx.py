@@ -99,11 +99,12 @@ def test_every_product_is_within_its_bound(
     x = inputs(images, tokens)
     qkv = block.qkv(x)
     assert any(tensor.data_ptr() == qkv.data_ptr() for tensor in poisoned_empty)
-    assert qkv.shape == (images, tokens, 3, HEADS, HEAD_DIM)
-    assert_within(qkv.flatten(2), *linear64(*normal(x, modules, "norm1", "qkv")))
+    assert qkv.shape == (3, HEADS, images, tokens, HEAD_DIM)
+    by_token = qkv.permute(2, 3, 0, 1, 4).flatten(2)
+    assert_within(by_token, *linear64(*normal(x, modules, "norm1", "qkv")))
 
     heads = block.attention(qkv)
-    query, key, value = (part.transpose(1, 2).double() for part in qkv.unbind(2))
+    query, key, value = qkv.transpose(1, 2).double().unbind(0)
     weights = (query @ key.mT / HEAD_DIM**0.5).softmax(dim=-1)
     exact = (weights @ value).transpose(1, 2).flatten(2)
     # The weights and the result are rounded; the scores' float32 sums, up to 40, move the weights.
@@ -153,8 +154,8 @@ def test_a_token_does_not_depend_on_the_batch(block: VitBlockAmx) -> None:
         torch.set_num_threads(threads)
         for image in range(3):
             one = slice(image, image + 1)
-            assert torch.equal(block.qkv(x[one]), qkv[one])
-            assert torch.equal(block.attention(qkv[one]), heads[one])
+            assert torch.equal(block.qkv(x[one]), qkv[:, :, one])
+            assert torch.equal(block.attention(qkv[:, :, one]), heads[one])
             assert torch.equal(block.after_attention(x[one], heads[one])["resid"], resid[one])
     torch.set_num_threads(1)
 
@@ -174,24 +175,24 @@ def test_what_is_not_finite_stays_so_and_in_its_image(block: VitBlockAmx, bad: f
 
 @needs_amx
 def test_extreme_scores_one_token_and_no_images(block: VitBlockAmx) -> None:
-    qkv = torch.zeros(1, 40, 3, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    qkv[0, :, 2] = torch.arange(40)[:, None, None]
-    qkv[0, 5, 1], qkv[0, :, 0] = 1e3, 1e3  # all attention to token 5
+    qkv = torch.zeros(3, HEADS, 1, 40, HEAD_DIM, dtype=torch.bfloat16)
+    qkv[2] = torch.arange(40)[:, None]
+    qkv[1, :, :, 5], qkv[0] = 1e3, 1e3  # all attention to token 5
     assert (block.attention(qkv) == 5).all()
-    qkv[0, 5, 1] = -1e3  # none to it
+    qkv[1, :, :, 5] = -1e3  # none to it
     mean = (39 * 40 / 2 - 5) / 39
     torch.testing.assert_close(
         block.attention(qkv).float().mean(), torch.tensor(mean), rtol=U, atol=0
     )
     one = block.qkv(inputs(2, 1))  # of one token, whose value is its output
-    assert torch.equal(block.attention(one), one[:, :, 2].flatten(2))
-    assert block.qkv(inputs(2, 3)[:0]).shape == (0, 3, 3, HEADS, HEAD_DIM)
+    assert torch.equal(block.attention(one), one[2].permute(1, 2, 0, 3).flatten(2))
+    assert block.qkv(inputs(2, 3)[:0]).shape == (3, HEADS, 0, 3, HEAD_DIM)
 
 
 @needs_amx
 def test_views_are_read_as_they_are(block: VitBlockAmx) -> None:
     whole = inputs(2, 8)
-    assert torch.equal(block.qkv(whole[:, 1:]), block.qkv(whole)[:, 1:])
+    assert torch.equal(block.qkv(whole[:, 1:]), block.qkv(whole)[:, :, :, 1:])
 
 
 def test_the_tail_of_the_normal_distribution() -> None:
