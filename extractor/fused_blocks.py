@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from timm.layers.attention import Attention
@@ -12,7 +12,10 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from classlens.extractor.blocks import Attend, Sites, full_attention
+from classlens.extractor.reducers.protocol import Reducer
+from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.kernels.amx import PANEL
+from classlens.kernels.class_scores_amx import ClassScoring
 from classlens.kernels.vit_block_amx import VitBlockAmx
 
 
@@ -22,8 +25,11 @@ class FusedBlocks:
     Copies the weights, so the model's may not change afterwards.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer, ranks: RanksReducer | None = None) -> None:
         """Packs the blocks of a model that is `fusable`, cast to bfloat16 on a CPU.
+
+        Args:
+            ranks: whose streams `scoring` scores.
 
         Raises:
             RuntimeError: no compiler, or it fails; or the system grants no tile registers.
@@ -33,6 +39,7 @@ class FusedBlocks:
             parts = _parts(block)
             assert parts is not None
             self._fused[block] = VitBlockAmx(**parts)
+        self.ranks = ranks
 
     def __call__(
         self,
@@ -40,6 +47,7 @@ class FusedBlocks:
         x: Tensor,
         wanted: Set[str],
         attend: Attend = full_attention,
+        scoring: ClassScoring | None = None,
     ) -> Sites:
         fused = self._fused[block]
         qkv = fused.qkv(x)
@@ -50,7 +58,38 @@ class FusedBlocks:
             heads = attend(query, key, value).transpose(1, 2).flatten(2)
         inner = {"query": query, "key": key, "value": value, "key_attn": heads}
         sites = {name: site for name, site in inner.items() if name in wanted}
-        return sites | fused.after_attention(x, heads, wanted)
+        scored = () if self.ranks is None or scoring is None else self.ranks.streams
+        return sites | fused.after_attention(x, heads, wanted, scoring, scored)
+
+    def scoring(self, labels: Tensor) -> Callable[..., Sites]:
+        """The same for images of these labels, [N], with what `ranks` finds beside the sites, by
+        array path: the streams are scored while they lie in the cache and need not be wanted."""
+        ranks = self.ranks
+        assert ranks is not None
+        ranks.space.require_labels(labels)
+
+        def sites_of(
+            block: Block | ResPostBlock,
+            x: Tensor,
+            wanted: Set[str],
+            attend: Attend = full_attention,
+        ) -> Sites:
+            streams, tokens = len(ranks.streams), x.shape[1]
+            scoring = ClassScoring(
+                ranks.space, labels, streams=streams, tokens=tokens, topk=ranks.topk
+            )
+            return self(block, x, wanted, attend, scoring) | ranks.named(scoring.scores)
+
+        return sites_of
+
+
+def scored_by_blocks(reducers: Sequence[Reducer], *, renormed: bool) -> RanksReducer | None:
+    """The reducer whose streams `FusedBlocks` can score: in bfloat16, and as the block adds them.
+
+    renormed: see `classlens.extractor.blocks.renorms`.
+    """
+    ranks = (r for r in reducers if isinstance(r, RanksReducer) and r.impl == "amx")
+    return None if renormed else next(ranks, None)
 
 
 def fusable(model: VisionTransformer) -> bool:

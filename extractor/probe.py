@@ -209,7 +209,7 @@ class SiteProbe:
         """
         x_tND = x[:, self.part.tokens].transpose(0, 1).float() - self.mean_tD[:, None]
         images, classes = x_tND.shape[1], len(mean.relative_C)
-        out = empty_scores(x_tND, topk, logsumexp=True)  # token by token
+        out = empty_scores(x_tND.shape[:2], topk, True, torch.float32, x.device)  # token by token
         reduce = EagerReductions(classes, torch.float32, x.device)
         rows = ROWS_PER_CHUNK_CUDA if x.is_cuda else ROWS_PER_CHUNK
         for tokens in token_chunks(self.part.count, max(1, rows // images)):

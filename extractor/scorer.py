@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from classlens.extractor.blocks import Sites, block_sites, walk
-from classlens.extractor.fused_blocks import FusedBlocks
+from classlens.extractor.blocks import Sites, block_sites, renorms, walk
+from classlens.extractor.fused_blocks import FusedBlocks, scored_by_blocks
 from classlens.extractor.interventions import Intervention
 from classlens.extractor.models import Subject, predict
 from classlens.extractor.reducers.protocol import FOUND_PREFIX, Accumulator, Reducer, Targets
@@ -42,15 +42,20 @@ class Scorer:
         self.model = subject.model.to(device=device, dtype=dtype)
         self.reducers = tuple(reducers)
         self.accumulator = accumulator
-        takers = (*reducers, accumulator) if accumulator else reducers
-        self.sites = frozenset[str]().union(*(taker.sites for taker in takers))
         self.convention = convention
         self.intervention = intervention
         self._block_sites: Callable[..., Sites] = block_sites
+        self._scoring: Callable[[Tensor], Callable[..., Sites]] | None = None
+        scored = None
         if forward == "compiled":
             self._block_sites = compiled(block_sites)
         elif forward == "amx":
-            self._block_sites = FusedBlocks(self.model)
+            scored = scored_by_blocks(reducers, renormed=renorms(self.model, convention))
+            self._block_sites = fused = FusedBlocks(self.model, scored)
+            self._scoring = None if scored is None else fused.scoring
+        takers = (*reducers, accumulator) if accumulator else self.reducers
+        self.sites = _sites_of(takers)
+        self._sites_to_reduce = _sites_of(taker for taker in takers if taker is not scored)
         self.device, self.dtype = torch.device(device), dtype
         channel = (1, 3, 1, 1)
         mean = torch.tensor(subject.geometry.mean, device=device).view(channel)
@@ -72,9 +77,13 @@ class Scorer:
         """`classlens.extractor.blocks.walk` over a batch as `score` takes it; ``wanted``: sites,
         those of the reducers if None."""
         sites = self.sites if wanted is None else wanted
+        return self._walk(pixels, kept, sites, self._block_sites)
+
+    def _walk(
+        self, pixels: Tensor, kept: Tensor | None, wanted: Set[str], sites_of: Callable[..., Sites]
+    ) -> Iterator[tuple[int, Sites]]:
         attends = self.intervention and self.intervention.attends(kept)
-        images = self.images(pixels)
-        return walk(self.model, images, self.convention, sites, self._block_sites, attends)
+        return walk(self.model, self.images(pixels), self.convention, wanted, sites_of, attends)
 
     @torch.inference_mode()
     def score(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -95,7 +104,8 @@ class Scorer:
         reducers = [reducer.for_batch(targets) for reducer in self.reducers]
         accumulate = None if self.accumulator is None else self.accumulator.for_batch(targets)
         x, result = None, dict[str, Tensor]()
-        for block, sites in self.walk(pixels, targets.kept):
+        sites_of = self._scoring(targets.labels) if self._scoring else self._block_sites
+        for block, sites in self._walk(pixels, targets.kept, self._sites_to_reduce, sites_of):
             x = sites["resid"]
             found: dict[str, Tensor] = {}
             for reduce in reducers:
@@ -110,3 +120,7 @@ class Scorer:
         logits = predict(self.model, x, targets.kept, self.embeddings).float()
         result["images/prediction"] = logits.argmax(dim=-1)
         return result
+
+
+def _sites_of(takers: Iterable[Reducer | Accumulator]) -> Set[str]:
+    return frozenset[str]().union(*(taker.sites for taker in takers))

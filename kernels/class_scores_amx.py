@@ -1,6 +1,6 @@
 """Class scoring in bfloat16 on a CPU with AMX: launcher of ``class_scores_amx.cpp``.
 
-Shape letters: N images, T tokens, D width, C classes.
+Shape letters: N images, S streams, T tokens, D width, C classes.
 """
 
 import ctypes
@@ -22,6 +22,49 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 _packed: WeakKeyDictionary[ClassSpace, Tensor] = WeakKeyDictionary()
 
 
+class ClassScoring(ctypes.Structure):
+    """What the kernels score by, and where they put the scores of a batch's streams.
+
+    Attributes:
+        scores: [N, S·T], the streams one after another.
+    """
+
+    _fields_ = (
+        *(("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)),
+        *((name, ctypes.c_int64) for name in ("classes", "width")),
+        ("labels", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("streams", "tokens", "kept")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("rank", "label_logit", "logsumexp", "topk")),
+    )
+
+    def __init__(
+        self,
+        space: ClassSpace,
+        labels: Int[Tensor, " N"],
+        *,
+        streams: int,
+        tokens: int,
+        topk: int,
+        logsumexp: bool = True,
+    ) -> None:
+        if space not in _packed:
+            _packed[space] = pack_panels(space.weight_CD)
+        self._inputs = _packed[space], space.bias_C.contiguous(), labels.int().contiguous()
+        weight, bias, labels = self._inputs
+        shape = len(labels), streams * tokens
+        self.scores = empty_scores(shape, topk, logsumexp, torch.float32, labels.device)
+        out = self.scores
+        super().__init__(
+            *(weight.data_ptr(), bias.data_ptr(), space.num_classes, space.width),
+            *(labels.data_ptr(), streams, tokens, topk, space.eps),
+            out.rank.data_ptr(),
+            out.label_logit.data_ptr(),
+            None if out.logsumexp is None else out.logsumexp.data_ptr(),
+            out.topk.data_ptr(),
+        )
+
+
 def class_scores_amx(
     x: Float[Tensor, "N T D"],
     space: ClassSpace,
@@ -41,38 +84,18 @@ def class_scores_amx(
             f"impl='amx' takes bfloat16 on a CPU, not x in {x.dtype} and a class space in "
             f"{space.weight_CD.dtype} on {x.device}; pass impl='torch'"
         )
-    library = _library()
-    if space not in _packed:
-        _packed[space] = pack_panels(space.weight_CD)
-    x, labels = x.contiguous(), labels.int().contiguous()
-    out = empty_scores(x, topk, logsumexp)
-    library.class_scores(
-        x.data_ptr(),
-        x.shape[0] * x.shape[1],
-        x.shape[2],
-        _packed[space].data_ptr(),
-        space.bias_C.contiguous().data_ptr(),
-        space.num_classes,
-        space.eps,
-        labels.data_ptr(),
-        x.shape[1],
-        topk,
-        torch.get_num_threads(),
-        out.rank.data_ptr(),
-        out.label_logit.data_ptr(),
-        None if out.logsumexp is None else out.logsumexp.data_ptr(),
-        out.topk.data_ptr(),
-    )
-    return out
+    x = x.contiguous()
+    images, tokens, _ = x.shape
+    scoring = ClassScoring(space, labels, streams=1, tokens=tokens, topk=topk, logsumexp=logsumexp)
+    _library().class_scores(x.data_ptr(), images * tokens, scoring, torch.get_num_threads())
+    return scoring.scores
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = load(SOURCE)
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.class_scores.argtypes = [
-        *(pointer, integer, integer, pointer, pointer, integer, ctypes.c_float),
-        *(pointer, integer, integer, integer, pointer, pointer, pointer, pointer),
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ClassScoring), ctypes.c_int64),
     ]
     library.class_scores.restype = None
     return library

@@ -39,8 +39,8 @@ def class_scores_torch(
     certifier: Certifier | None,
 ) -> ClassScores:
     """`classlens.kernels.class_scores.class_scores`, its arguments already checked."""
-    out = empty_scores(x, topk, logsumexp)
-    dtype = out.label_logit.dtype
+    dtype = compute_dtype(x.dtype)
+    out = empty_scores(x.shape[:2], topk, logsumexp, dtype, x.device)
     weight_CD = space.weight_CD if x.is_cuda else space.weight_CD.to(dtype)
     rounded = not x.is_cuda and x.dtype == space.weight_CD.dtype == torch.bfloat16
     bias_C = space.bias_C.to(dtype)
@@ -71,9 +71,10 @@ def class_scores_torch(
     return out._replace(recomputed=recomputed_NT)
 
 
-def empty_scores(x: Float[Tensor, "N T D"], topk: int, logsumexp: bool) -> ClassScores:
-    """Uninitialised results of the right shapes and dtypes."""
-    shape, dtype, device = x.shape[:2], compute_dtype(x.dtype), x.device
+def empty_scores(
+    shape: tuple[int, ...], topk: int, logsumexp: bool, dtype: torch.dtype, device: torch.device
+) -> ClassScores:
+    """Uninitialised results of ``shape``, [N, T]."""
     return ClassScores(
         rank=torch.empty(shape, dtype=torch.int32, device=device),
         label_logit=torch.empty(shape, dtype=dtype, device=device),

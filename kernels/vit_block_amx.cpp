@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "amx.hpp"
+#include "class_scores_amx.hpp"
 #include "lanes.hpp"
 #include "threads.hpp"
 
@@ -42,7 +43,8 @@ struct Tail {
     float segments_per_unit, end;
 };
 
-// What follows attention. attn, mid, keys and mlp may be null; scales, [D], too.
+// What follows attention. attn, mid, keys and mlp may be null; scales, [D], too. The streams' places
+// in `scoring` are negative if they are not scored.
 struct AfterAttention {
     const uint16_t *heads, *x;  // [M, H * d], [M, D]
     int64_t rows;
@@ -51,6 +53,8 @@ struct AfterAttention {
     const Tail* tail;
     const float *attn_scale, *mlp_scale;
     uint16_t *attn, *mid, *keys, *mlp, *resid;  // [M, D], keys [M, F]
+    const ClassScoring* scoring;
+    int64_t attn_stream, mid_stream, mlp_stream, resid_stream;
 };
 }
 
@@ -112,32 +116,31 @@ void pack_rows(const uint16_t* x, int rows, int padded, int64_t width, uint16_t*
                                         : _mm512_setzero_si512());
 }
 
-// LayerNorm of rows into tiles; rows behind the last are what they were.
-void pack_normalised(const uint16_t* x, int rows, const Norm& norm, uint16_t* tiles) {
+// LayerNorm of rows into tiles; rows behind the last are what they were. value(m, d): 32 of a row.
+template <typename Value>
+void pack_normalised(const Value& value, int rows, const Norm& norm, uint16_t* tiles) {
     const float width = static_cast<float>(norm.width);
     for (int m = 0; m < rows; ++m) {
-        const uint16_t* row = x + m * norm.width;
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
         for (int64_t d = 0; d < norm.width; d += PANEL) {
-            const Rounded value(row + d);
-            sum = _mm512_add_ps(sum, _mm512_add_ps(value.low(), value.high()));
+            const Rounded x = value(m, d);
+            sum = _mm512_add_ps(sum, _mm512_add_ps(x.low(), x.high()));
         }
         const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
         for (int64_t d = 0; d < norm.width; d += PANEL) {
-            const Rounded value(row + d);
-            const __m512 low = _mm512_sub_ps(value.low(), mean);
-            const __m512 high = _mm512_sub_ps(value.high(), mean);
+            const Rounded x = value(m, d);
+            const __m512 low = _mm512_sub_ps(x.low(), mean), high = _mm512_sub_ps(x.high(), mean);
             squares = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, squares));
         }
         const float variance = _mm512_reduce_add_ps(squares) / width;
         const __m512 rstd = _mm512_set1_ps(1.0f / std::sqrt(variance + norm.eps));
-        const auto normalised = [&](__m512 value, int64_t d) {
-            return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(value, mean), rstd),
+        const auto normalised = [&](__m512 x, int64_t d) {
+            return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(x, mean), rstd),
                                    _mm512_loadu_ps(norm.weight + d), _mm512_loadu_ps(norm.bias + d));
         };
         for (int64_t d = 0; d < norm.width; d += PANEL) {
-            const Rounded value(row + d);
-            Rounded(normalised(value.low(), d), normalised(value.high(), d + LANES))
+            const Rounded x = value(m, d);
+            Rounded(normalised(x.low(), d), normalised(x.high(), d + LANES))
                 .store(tiles + place_in_tiles(m, d, norm.width));
         }
     }
@@ -244,7 +247,10 @@ void queries_keys_values(const uint16_t* x, int64_t rows, const Norm* norm, cons
     on_blocks(rows, threads, [&] {
         return [&, tiles = buffer<uint16_t>(BLOCK * linear->in),
                 sums = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
-            pack_normalised(x + first * norm->width, count, *norm, tiles.get());
+            const auto value = [&](int m, int64_t d) {
+                return Rounded(x + (first + m) * norm->width + d);
+            };
+            pack_normalised(value, count, *norm, tiles.get());
             project(tiles.get(), count, *linear, sums.get(),
                     [&](int m, int64_t c, const Rounded& value) {
                         value.stream(y + (c / head_width * rows + first + m) * head_width +
@@ -298,40 +304,55 @@ void attention(const uint16_t* qkv, int64_t images, int64_t tokens, int64_t head
 }
 
 // attn = proj(heads), mid = x + attn, keys = fc1(norm(mid)), mlp = fc2(GELU(keys)),
-// resid = mid + mlp; attn and mlp times their scales.
+// resid = mid + mlp; attn and mlp times their scales. Streams are scored while they lie in the cache.
 void after_attention(const AfterAttention* all, int64_t threads) {
     const AfterAttention& a = *all;
     const int64_t width = a.norm->width, hidden_width = a.fc1->out;
     on_blocks(a.rows, threads, [&] {
-        const size_t widest = std::max(a.proj->in, width);
-        return [&, gelu = Gelu(*a.tail), tiles = buffer<uint16_t>(BLOCK * widest),
+        // `tiles` has what enters proj, then fc1, then the output of fc2; `stream` x, mid, resid.
+        return [&, gelu = Gelu(*a.tail), tiles = buffer<uint16_t>(BLOCK * std::max(a.proj->in, width)),
+                stream = buffer<uint16_t>(BLOCK * width), attn = buffer<uint16_t>(BLOCK * width),
                 hidden = buffer<uint16_t>(BLOCK * hidden_width),
-                mid = buffer<uint16_t>(BLOCK * width),
-                sums = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
+                sums = buffer<float>(2 * BLOCK * PANEL),
+                logits = buffer<float>(a.scoring == nullptr ? 0 : BLOCK * a.scoring->stride())](
+                   int64_t first, int count) {
             const int padded = static_cast<int>(round_up(count, PANEL));
-            std::memcpy(mid.get(), a.x + first * width, sizeof(uint16_t) * count * width);
+            const auto score = [&](const uint16_t* rows, int64_t place) {
+                if (place >= 0) score_tiles(*a.scoring, place, rows, first, count, logits.get());
+            };
+            pack_rows(a.x + first * width, count, padded, width, stream.get());
             pack_rows(a.heads + first * a.proj->in, count, padded, a.proj->in, tiles.get());
             project(tiles.get(), count, *a.proj, sums.get(), [&](int m, int64_t c, Rounded value) {
-                const int64_t place = (first + m) * width + c;
+                const int64_t inside = place_in_tiles(m, c, width), place = (first + m) * width + c;
                 if (a.attn_scale != nullptr) value = value.scaled(a.attn_scale + c);
+                const Rounded mid = Rounded(stream.get() + inside) + value;
+                value.store(attn.get() + inside);
+                mid.store(stream.get() + inside);
                 if (a.attn != nullptr) value.stream(a.attn + place);
-                uint16_t* stream = mid.get() + m * width + c;
-                const Rounded sum = Rounded(stream) + value;
-                sum.store(stream);
-                if (a.mid != nullptr) sum.stream(a.mid + place);
+                if (a.mid != nullptr) mid.stream(a.mid + place);
             });
-            pack_normalised(mid.get(), count, *a.norm, tiles.get());
+            score(attn.get(), a.attn_stream);
+            score(stream.get(), a.mid_stream);
+            const auto mid = [&](int m, int64_t d) {
+                return Rounded(stream.get() + place_in_tiles(m, d, width));
+            };
+            pack_normalised(mid, count, *a.norm, tiles.get());
             project(tiles.get(), count, *a.fc1, sums.get(), [&](int m, int64_t c, Rounded value) {
                 if (a.keys != nullptr) value.stream(a.keys + (first + m) * hidden_width + c);
                 Rounded(gelu(value.low()), gelu(value.high()))
                     .store(hidden.get() + place_in_tiles(m, c, hidden_width));
             });
             project(hidden.get(), count, *a.fc2, sums.get(), [&](int m, int64_t c, Rounded value) {
-                const int64_t place = (first + m) * width + c;
+                const int64_t inside = place_in_tiles(m, c, width), place = (first + m) * width + c;
                 if (a.mlp_scale != nullptr) value = value.scaled(a.mlp_scale + c);
+                const Rounded resid = mid(m, c) + value;
+                value.store(tiles.get() + inside);
+                resid.store(stream.get() + inside);
                 if (a.mlp != nullptr) value.stream(a.mlp + place);
-                (Rounded(mid.get() + m * width + c) + value).stream(a.resid + place);
+                resid.stream(a.resid + place);
             });
+            score(tiles.get(), a.mlp_stream);
+            score(stream.get(), a.resid_stream);
         };
     });
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,12 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from classlens.kernels.amx import PANEL, load, pack_panels
+from classlens.kernels.class_scores_amx import ClassScoring
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 GELU_SEGMENTS, GELU_DEGREE, GELU_END = 32, 3, 6.0  # GELU(-6) is -6e-9
 BFLOAT16_ON_CPU = f"{torch.bfloat16} on cpu"
+STREAMS = ("attn", "mid", "mlp", "resid")
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -105,16 +107,23 @@ class VitBlockAmx:
         x: Float[Tensor, "N T D"],
         heads: Float[Tensor, "N T Hd"],
         wanted: Set[str] = frozenset(),
+        scoring: ClassScoring | None = None,
+        scored: Sequence[str] = (),
     ) -> dict[str, Float[Tensor, "N T _"]]:
         """``resid``, the block's output, of its input and what attention made of it; and those of
         ``attn`` and ``mlp``, what the sublayers add, ``mid``, the stream between them, and
-        ``key_mlp`` [N, T, F], the output of fc1, that are wanted."""
+        ``key_mlp`` [N, T, F], the output of fc1, that are wanted.
+
+        scored: the streams of ``scoring``, among ``STREAMS``, in their order there. Its scores are
+        those of `classlens.kernels.class_scores_amx.class_scores_amx`, bit for bit.
+        """
         x, heads = _checked(x, self._norm2.width), _checked(heads, self._proj.depth)
         width, hidden_width = self._norm2.width, self._fc1.columns
         widths = {"attn": width, "mid": width, "key_mlp": hidden_width, "mlp": width}
         widths = {name: n for name, n in widths.items() if name in wanted} | {"resid": width}
         out = {name: torch.empty(*x.shape[:2], n, dtype=x.dtype) for name, n in widths.items()}
         pointers = {name: value.data_ptr() for name, value in out.items()}
+        places = {name: place for place, name in enumerate(scored)}
         self._library.after_attention(
             _AfterAttention(
                 heads=heads.data_ptr(),
@@ -127,6 +136,8 @@ class VitBlockAmx:
                 tail=ctypes.pointer(_normal_tail()),
                 attn_scale=_pointer(self._attn_scale),
                 mlp_scale=_pointer(self._mlp_scale),
+                scoring=None if scoring is None else ctypes.pointer(scoring),
+                **{f"{name}_stream": places.get(name, -1) for name in STREAMS},
                 **pointers,
             ),
             torch.get_num_threads(),
@@ -168,6 +179,8 @@ class _AfterAttention(ctypes.Structure):
         *(("norm", ctypes.POINTER(_Norm)), ("tail", ctypes.POINTER(_Tail))),
         *((name, POINTER) for name in ("attn_scale", "mlp_scale")),
         *((name, POINTER) for name in ("attn", "mid", "key_mlp", "mlp", "resid")),
+        ("scoring", ctypes.POINTER(ClassScoring)),
+        *((f"{name}_stream", INTEGER) for name in STREAMS),
     )
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 Reduce = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """A block's index and sites -> values by array path, each [N, …].
 
-Beside the sites a reducer finds the values of the reducers before it, by array path, so that no
-projection is paid twice.
+Beside the sites a reducer finds, by array path, what the block's kernel has reduced already and the
+values of the reducers before it, so that no projection is paid twice.
 """
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from classlens.extractor.schema import ArraySpec, Layout, score_arrays
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl, class_scores
 from classlens.kernels.class_space import ClassSpace
+from classlens.kernels.reference import ClassScores
+
+SCORES, RANK = "scores/", "scores/rank"
+
+
+def joined(parts: Sequence[ClassScores]) -> ClassScores:
+    """Scores of several streams, [N, T], one after another, [N, S·T]."""
+    fields: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts], dim=1)
+        for name, value in parts[0]._asdict().items()
+        if value is not None
+    }
+    return ClassScores(**{"logsumexp": None, **fields})
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,9 @@ class RanksReducer:
         labels = targets.labels
 
         def reduce(block: int, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            if RANK in sites:  # the block's kernel has scored them
+                return {path: value for path, value in sites.items() if path.startswith(SCORES)}
             x = [sites[s] for s in self.streams]
-            n_tokens = x[0].shape[1]
             if x[0].is_cuda:  # one launch
                 x = [torch.cat(x, dim=1)]
             parts = [
@@ -64,22 +79,26 @@ class RanksReducer:
                 )
                 for part in x
             ]
-
-            def joined(name: str) -> Tensor:
-                values = torch.cat([getattr(part, name) for part in parts], dim=1)
-                return values.unflatten(1, (len(self.streams), n_tokens))
-
-            label_logit = joined("label_logit")
-            reduced = {
-                "scores/rank": joined("rank"),
-                "scores/label_logit": label_logit,
-                "scores/label_logprob": label_logit - joined("logsumexp"),
-            }
-            topk = joined("topk")
-            for i in range(self.topk):
-                reduced[f"scores/top{i + 1}"] = topk[..., i]
-            if self.certifier is not None:
-                reduced["scores/recomputed"] = joined("recomputed").sum(dim=(1, 2))
-            return reduced
+            return self.named(joined(parts))
 
         return reduce
+
+    def named(self, scores: ClassScores) -> dict[str, Tensor]:
+        """Scores [N, S·T] of all streams, one after another, by array path, [N, S, T]."""
+
+        def by_stream(values: Tensor) -> Tensor:
+            return values.unflatten(1, (len(self.streams), -1))
+
+        assert scores.logsumexp is not None
+        label_logit = by_stream(scores.label_logit)
+        named = {
+            RANK: by_stream(scores.rank),
+            f"{SCORES}label_logit": label_logit,
+            f"{SCORES}label_logprob": label_logit - by_stream(scores.logsumexp),
+        }
+        topk = by_stream(scores.topk)
+        for i in range(self.topk):
+            named[f"{SCORES}top{i + 1}"] = topk[..., i]
+        if scores.recomputed is not None:
+            named[f"{SCORES}recomputed"] = scores.recomputed.sum(dim=1)
+        return named

@@ -8,17 +8,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from variants import SMALL, VARIANTS
 
+from classlens.bench.fidelity import first_targets, read_pictures
 from classlens.extractor.blocks import block_sites, full_attention
 from classlens.extractor.config import ExtractConfig
-from classlens.extractor.engine import choose_forward, choose_impl
+from classlens.extractor.engine import choose_forward, choose_impl, make_scorer
 from classlens.extractor.fused_blocks import FusedBlocks, fusable
 from classlens.extractor.interventions import self_only
 from classlens.extractor.models import load_subject
 from classlens.extractor.prepare import prepare
+from classlens.extractor.reducers import ranks
 from classlens.extractor.run import extract
 from classlens.extractor.schema import read_attributes
 from classlens.kernels import cpp
 from classlens.kernels.amx import amx_found
+from classlens.kernels.class_scores import class_scores
 from classlens.kernels.vit_block_amx import VitBlockAmx
 
 needs_amx = pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
@@ -119,3 +122,47 @@ def test_an_extraction_takes_them_and_says_so(make_shards, tmp_path, monkeypatch
         for name in ("fused", "eager")
     ]
     assert np.abs(ranks[0].astype(int) - ranks[1]).mean() < 0.2  # of 10 classes
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("variant", "convention", "settings", "fused"),
+    [
+        ("cls", "corrected", {}, True),
+        ("cls", "corrected", {"streams": ("mid", "attn"), "topk": 3}, True),
+        ("cls", "corrected", {"reduce": ("memories",)}, True),
+        ("registers-layerscale-gap", "corrected", {}, True),
+        ("registers-layerscale-gap", "vilas2023", {}, False),  # attn and mlp pass a norm
+        ("cls", "corrected", {"certify": True}, False),
+    ],
+)
+def test_which_ranks_the_blocks_find(
+    make_shards, monkeypatch, variant, convention, settings, fused
+):
+    """And that they are those of the streams scored one by one."""
+    config = wide(variant, convention=convention, **settings)
+    prepared = prepare(config, [str(s) for s in make_shards((3,))])
+    pixels, labels = read_pictures(prepared, 3)
+    scored = []
+    monkeypatch.setattr(
+        ranks, "class_scores", lambda *args, **kw: scored.append(args) or class_scores(*args, **kw)
+    )
+    scorer = make_scorer(prepared)
+    results = scorer.score(pixels, first_targets(labels))
+    assert bool(scored) is not fused
+    scorer = make_scorer(prepared)
+    monkeypatch.setattr(scorer, "_scoring", None)
+    monkeypatch.setattr(scorer, "_sites_to_reduce", scorer.sites)
+    one_by_one = scorer.score(pixels, first_targets(labels))
+    assert len(scored) > 0
+    assert set(results) == set(one_by_one)
+    for path, values in one_by_one.items():
+        torch.testing.assert_close(results[path], values, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_amx
+def test_labels_out_of_range_are_refused(make_shards):
+    prepared = prepare(wide(), [str(s) for s in make_shards((3,))])
+    pixels, _ = read_pictures(prepared, 3)
+    with pytest.raises(ValueError, match=r"label 10 of image 1 is not in \[0, 10\)"):
+        make_scorer(prepared).score(pixels, first_targets(torch.tensor([0, 10, 1])))

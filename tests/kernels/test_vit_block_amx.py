@@ -7,10 +7,13 @@ unit in the last place of bfloat16, for every operation whose result is rounded.
 import numpy as np
 import pytest
 import torch
+from scoring_cases import exact_space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classlens.kernels.amx import amx_found
+from classlens.kernels.class_scores import class_scores
+from classlens.kernels.class_scores_amx import ClassScoring
 from classlens.kernels.vit_block_amx import (
     GELU_END,
     GELU_SEGMENTS,
@@ -193,6 +196,31 @@ def test_extreme_scores_one_token_and_no_images(block: VitBlockAmx) -> None:
 def test_views_are_read_as_they_are(block: VitBlockAmx) -> None:
     whole = inputs(2, 8)
     assert torch.equal(block.qkv(whole[:, 1:]), block.qkv(whole)[:, :, :, 1:])
+
+
+@needs_amx
+@pytest.mark.parametrize("streams", [("resid", "attn", "mlp"), ("mlp", "mid"), ("attn",)])
+@pytest.mark.parametrize("topk", [0, 3])
+def test_streams_are_scored_as_by_the_kernel_alone(
+    block: VitBlockAmx, streams: tuple[str, ...], topk: int, poisoned_empty: list[Tensor]
+) -> None:
+    """300 rows: two whole groups of 128 and a part; labels of images that share a group."""
+    x, labels = inputs(6, 50), torch.tensor([0, 39, 7, 31, 32, 5])
+    space = exact_space(40, WIDTH, torch.bfloat16, bias=True)
+    heads = block.attention(block.qkv(x))
+    heads[4, 49, 3] = float("inf")  # one row that is not finite
+    sites = block.after_attention(x, heads, set(streams))
+    scoring = ClassScoring(space, labels, streams=len(streams), tokens=50, topk=topk)
+    assert any(scoring.scores.rank.data_ptr() == tensor.data_ptr() for tensor in poisoned_empty)
+    resid = block.after_attention(x, heads, scoring=scoring, scored=streams)["resid"]
+    torch.testing.assert_close(resid, sites["resid"], rtol=0, atol=0, equal_nan=True)
+    expected = [class_scores(sites[name], space, labels, topk=topk, impl="amx") for name in streams]
+    for name in ("rank", "label_logit", "logsumexp", "topk"):
+        alone = torch.cat([getattr(scores, name) for scores in expected], dim=1)
+        scored = getattr(scoring.scores, name)
+        torch.testing.assert_close(scored, alone, rtol=0, atol=0, equal_nan=True)
+    bad = scoring.scores.rank.unflatten(1, (len(streams), 50)) == 40
+    assert bad.nonzero().tolist() == [[4, stream, 49] for stream in range(len(streams))]
 
 
 def test_the_tail_of_the_normal_distribution() -> None:
