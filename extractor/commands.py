@@ -387,9 +387,9 @@ def _print_faster(config: ExtractConfig) -> None:
             f"this CPU multiplies bfloat16 {bfloat16_speedup():.1f} times as fast: --dtype "
             "bfloat16, which is less exact (`classlens bench fidelity` says by how much)"
         )
-    if config.dtype == "bfloat16" and amx.has_amx() and cpp.compiler() is None:
+    if amx.has_amx() and cpp.compiler() is None:
         click.echo(
-            "this CPU scores about twice as fast by kernels that need a C++ compiler: install g++, "
+            "this CPU scores up to twice as fast by kernels that need a C++ compiler: install g++, "
             "or `pip install 'classlens[compiler]'`"
         )
 

@@ -20,7 +20,7 @@ from classlens.extractor.reducers.neurons import NeuronsAccumulator
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Forward, Scorer
-from classlens.kernels.amx import amx_found
+from classlens.kernels.amx import PARTS, amx_found
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
 from classlens.kernels.class_space import ClassSpace
@@ -94,7 +94,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         reducers.append(memories_reducer(prepared, space, impl))
     if "attribution" in config.reduce:
         reducers.append(attribution_reducer(prepared))
-    sums_impl = "avx512" if impl == "amx" else "torch"
+    sums_impl = "avx512" if impl == "amx" and dtype == torch.bfloat16 else "torch"
     neurons = NeuronsAccumulator(len(subject.prefix_kinds), sums_impl)
     return Scorer(
         subject,
@@ -131,8 +131,8 @@ def choose_impl(config: ExtractConfig, images: int) -> Impl:
     """Which implementation of class scoring a run of so many images takes.
 
     The fused kernels, unless ranks are certified, which needs the logits: Triton's on a GPU, that
-    for bfloat16 on a CPU with AMX, whose source takes a second to compile. Else chunked products,
-    their reductions compiled where that pays.
+    for a CPU with AMX, whose source takes a second to compile. Else chunked products, their
+    reductions compiled where that pays.
     """
     if not config.certify:
         if not config.on_cpu:
@@ -145,8 +145,7 @@ def choose_impl(config: ExtractConfig, images: int) -> Impl:
 def choose_forward(config: ExtractConfig, subject: Subject, images: int) -> Forward:
     """How a run of so many images runs the model's blocks.
 
-    By the fused kernel in bfloat16 on a CPU with AMX, if it knows such blocks; else compiled where
-    that pays.
+    By the fused kernel on a CPU with AMX, if it knows such blocks; else compiled where that pays.
     """
     if _takes_amx(config) and fusable(subject.model):
         return "amx"
@@ -156,7 +155,7 @@ def choose_forward(config: ExtractConfig, subject: Subject, images: int) -> Forw
 def _takes_amx(config: ExtractConfig) -> bool:
     return (
         config.on_cpu
-        and _multiplies_bfloat16(config)
+        and DTYPES[config.dtype] in PARTS
         and config.compile is not False
         and amx_found()
     )

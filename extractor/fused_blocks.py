@@ -20,13 +20,13 @@ from classlens.kernels.vit_block_amx import VitBlockAmx
 
 
 class FusedBlocks:
-    """`classlens.extractor.blocks.block_sites` of one model's blocks, in bfloat16.
+    """`classlens.extractor.blocks.block_sites` of one model's blocks.
 
     Copies the weights, so the model's may not change afterwards.
     """
 
     def __init__(self, model: VisionTransformer, ranks: RanksReducer | None = None) -> None:
-        """Packs the blocks of a model that is `fusable`, cast to bfloat16 on a CPU.
+        """Packs the blocks of a model that is `fusable`, in bfloat16 or float32 on a CPU.
 
         Args:
             ranks: whose streams `scoring` scores.
@@ -84,7 +84,7 @@ class FusedBlocks:
 
 
 def scored_by_blocks(reducers: Sequence[Reducer], *, renormed: bool) -> RanksReducer | None:
-    """The reducer whose streams `FusedBlocks` can score: in bfloat16, and as the block adds them.
+    """The reducer whose streams `FusedBlocks` can score: by AMX, and as the block adds them.
 
     renormed: see `classlens.extractor.blocks.renorms`.
     """

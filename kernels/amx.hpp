@@ -1,9 +1,16 @@
-// Products in the tile registers of CPUs with AMX, bfloat16 with float32 sums, for the C++ kernels
-// beside it.
+// Products in the tile registers of CPUs with AMX, which multiply bfloat16 and add up float32, for
+// the C++ kernels beside it.
 //
-// Rows [M, D] are held as tiles [M / 16][D / 32][16][32]. Columns, that is the rows of a weight
-// [C, D], are held as panels [C / 32][D / 32][2][16][32], where a tile's row has two neighbouring
-// values of each of 16 columns. All of these sizes are multiples of 32, filled up with zeros.
+// A value of type T is held as PARTS<T> values in bfloat16: bfloat16 (uint16_t) as itself, float32 as
+// three of which it is the sum, each the rest of those before it, rounded. Of the nine products of
+// the parts of two float32 values the six larger are added up; the others are below 2^-23 of the
+// whole [Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for
+// higher-precision computations"].
+//
+// Rows [M, D] are held as tiles [M / 16][D / 32][PARTS][16][32]. Columns, that is the rows of a
+// weight [C, D], are held as panels [C / 32][D / 32][PARTS][2][16][32], where a tile's row has two
+// neighbouring values of each of 16 columns. All of these sizes are multiples of 32, filled up with
+// zeros.
 
 #pragma once
 
@@ -56,50 +63,78 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// Where the 32 values from column d on, a multiple of 32, of row m lie among tiles of that depth.
-inline int64_t place_in_tiles(int64_t m, int64_t d, int64_t depth) {
-    return m / TILE_ROWS * TILE_ROWS * depth + d * TILE_ROWS + m % TILE_ROWS * TILE_DEPTH;
+template <typename T>
+constexpr int PARTS = 1;
+template <>
+inline constexpr int PARTS<float> = 3;
+
+// Products of tiles for 32 rows, 32 columns and 32 values of the depth, four tiles each.
+template <typename T>
+constexpr int PRODUCTS = PARTS<T> * (PARTS<T> + 1) / 2;
+
+// Where the first part of the 32 values from column d on, a multiple of 32, of row m lies among
+// tiles of that depth; the others follow TILE_VALUES apart.
+template <typename T>
+int64_t place_in_tiles(int64_t m, int64_t d, int64_t depth) {
+    return PARTS<T> * (m / TILE_ROWS * TILE_ROWS * depth + d * TILE_ROWS) +
+           m % TILE_ROWS * TILE_DEPTH;
 }
 
-// Into the first-level cache, a tile that is loaded soon.
-inline void prefetch_tile(const uint16_t* tile) {
-    for (int row = 0; row < TILE_ROWS; ++row)
-        _mm_prefetch(reinterpret_cast<const char*>(tile + row * TILE_DEPTH), _MM_HINT_T0);
-}
+// Tiles `from` and those that come `ahead` after them: the first into a register, the others into
+// the first-level cache. One is loaded for each product and would wait for the second-level cache.
+#define LOAD_TILE(tile, from, ahead)                                                           \
+    do {                                                                                       \
+        _tile_loadd(tile, from, 64);                                                           \
+        for (int row = 0; row < TILE_ROWS; ++row)                                              \
+            _mm_prefetch(reinterpret_cast<const char*>((from) + (ahead) + row * TILE_DEPTH),   \
+                         _MM_HINT_T0);                                                         \
+    } while (false)
 
 // out[m * stride + c]: the products of so many rows, a multiple of 32, with the columns of a panel.
-// meanwhile(): called for every 32 rows and 32 values of the depth; what it does in vector registers
-// takes no time of the tile registers.
-template <typename Meanwhile>
+// meanwhile(): called PRODUCTS times for every 32 rows and 32 values of the depth; what it does in
+// vector registers takes no time of the tile registers.
+template <typename T, typename Meanwhile>
 void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
                     float* out, int64_t stride, Meanwhile&& meanwhile) {
-    // A tile is loaded for each tile product, and waits for the second-level cache otherwise. What is
-    // fetched behind the end is mostly what comes next.
-    constexpr int AHEAD = 2 * TILE_VALUES;
-    const int64_t values = depth * TILE_ROWS;
+    constexpr int STEP = PARTS<T> * TILE_VALUES;
+    // What is fetched behind the end is mostly what comes next.
+    constexpr int AHEAD = (PARTS<T> == 1 ? 2 : 1) * STEP;
     for (int m = 0; m < rows; m += PANEL, out += PANEL * stride) {
-        const uint16_t* upper = tiles + m * depth;
-        const uint16_t* lower = upper + values;
-        const uint16_t *left = panel, *right = panel + TILE_VALUES;
+        const uint16_t* upper = tiles + PARTS<T> * m * depth;
+        const uint16_t* lower = upper + PARTS<T> * TILE_ROWS * depth;
+        const uint16_t* columns = panel;
+        const auto load_rows = [&](int part) {
+            LOAD_TILE(4, upper + part * TILE_VALUES, AHEAD);
+            LOAD_TILE(5, lower + part * TILE_VALUES, AHEAD);
+        };
+        const auto load_columns = [&](int part) {
+            LOAD_TILE(6, columns + 2 * part * TILE_VALUES, 2 * AHEAD);
+            LOAD_TILE(7, columns + (2 * part + 1) * TILE_VALUES, 2 * AHEAD);
+        };
+        const auto multiply = [&] {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+            meanwhile();
+        };
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (const uint16_t* end = lower; upper < end; upper += TILE_VALUES, lower += TILE_VALUES,
-                             left += 2 * TILE_VALUES, right += 2 * TILE_VALUES) {
-            _tile_loadd(4, upper, 64);
-            _tile_loadd(6, left, 64);
-            _tile_loadd(7, right, 64);
-            prefetch_tile(upper + AHEAD);
-            _tile_dpbf16ps(0, 4, 6);
-            prefetch_tile(left + 2 * AHEAD);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, lower, 64);
-            prefetch_tile(lower + AHEAD);
-            _tile_dpbf16ps(2, 5, 6);
-            prefetch_tile(right + 2 * AHEAD);
-            _tile_dpbf16ps(3, 5, 7);
-            meanwhile();
+        for (const uint16_t* end = lower; upper < end;
+             upper += STEP, lower += STEP, columns += 2 * STEP) {
+            load_rows(0);
+            if constexpr (PARTS<T> == 1) {
+                load_columns(0), multiply();
+            } else {
+                load_columns(2), multiply();
+                load_columns(1), multiply();
+                load_rows(1), multiply();
+                load_columns(0), multiply();
+                load_rows(2), multiply();
+                load_rows(0), multiply();
+            }
         }
         _tile_stored(0, out, stride * sizeof(float));
         _tile_stored(1, out + TILE_ROWS, stride * sizeof(float));
@@ -108,9 +143,10 @@ void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int6
     }
 }
 
-inline void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
-                           float* out, int64_t stride) {
-    multiply_panel(tiles, rows, panel, depth, out, stride, [] {});
+template <typename T>
+void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
+                    float* out, int64_t stride) {
+    multiply_panel<T>(tiles, rows, panel, depth, out, stride, [] {});
 }
 
 // Asks Linux for the tile registers, which a process does not have from the start; 0 if granted.

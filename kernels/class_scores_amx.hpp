@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "amx.hpp"
+#include "amx_values.hpp"
 #include "lanes.hpp"
 
 // Of a batch's streams. A row whose variance is not finite gets rank and classes C, and NaN.
@@ -35,19 +36,22 @@ struct ClassScoring {
 };
 
 // 1 / sqrt(variance + eps) of a row among tiles; NaN where the variance is not finite.
-inline float row_rstd(const uint16_t* tiles, int m, int64_t width, float eps) {
+template <typename T>
+float row_rstd(const uint16_t* tiles, int m, int64_t width, float eps) {
     const int64_t depth = round_up(width, TILE_DEPTH);
-    const auto part = [&](int64_t d) {
-        const uint16_t* from = tiles + place_in_tiles(m, d / TILE_DEPTH * TILE_DEPTH, depth);
-        return widen(_mm256_load_si256(reinterpret_cast<const __m256i*>(from + d % TILE_DEPTH)));
+    const auto values = [&](int64_t d) {
+        return Values<T>::from_tiles(tiles + place_in_tiles<T>(m, d, depth));
     };
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t d = 0; d < width; d += LANES) sum = _mm512_add_ps(sum, part(d));
-    const float mean = _mm512_reduce_add_ps(sum) / static_cast<float>(width);
-    for (int64_t d = 0; d < width; d += LANES) {
-        const __m512 off =
-            _mm512_maskz_sub_ps(lanes_below(width, d), part(d), _mm512_set1_ps(mean));
-        squares = _mm512_fmadd_ps(off, off, squares);
+    for (int64_t d = 0; d < width; d += TILE_DEPTH)
+        sum = _mm512_add_ps(sum, _mm512_add_ps(values(d).low(), values(d).high()));
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(width));
+    for (int64_t d = 0; d < width; d += TILE_DEPTH) {
+        const __m512 low =
+            _mm512_maskz_sub_ps(lanes_below(width, d), values(d).low(), mean);
+        const __m512 high =
+            _mm512_maskz_sub_ps(lanes_below(width, d + LANES), values(d).high(), mean);
+        squares = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, squares));
     }
     const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
     return std::isfinite(variance) ? 1.0f / std::sqrt(variance + eps) : NAN;
@@ -128,18 +132,19 @@ inline float logsumexp_of(const float* logits, int64_t classes, float peak) {
 // Scores `count` rows of one stream, the first of which is row `first` of the batch's N * T.
 // tiles: [M, D] filled up to multiples of 32; what is in the rows behind the last does not matter.
 // logits: [M, stride()], scratch.
-inline void score_tiles(const ClassScoring& to, int64_t stream, const uint16_t* tiles,
-                        int64_t first, int count, float* logits) {
+template <typename T>
+void score_tiles(const ClassScoring& to, int64_t stream, const uint16_t* tiles, int64_t first,
+                 int count, float* logits) {
     const int64_t depth = to.depth(), stride = to.stride();
     const int rows = static_cast<int>(round_up(count, PANEL));
     for (int64_t c = 0; c < to.classes; c += PANEL)
-        multiply_panel(tiles, rows, to.weight + c * depth, depth, logits + c, stride);
+        multiply_panel<T>(tiles, rows, to.weight + PARTS<T> * c * depth, depth, logits + c, stride);
     for (int m = 0; m < count; ++m, logits += stride) {
         const int64_t image = (first + m) / to.tokens, token = (first + m) % to.tokens;
         const int64_t place = (image * to.streams + stream) * to.tokens + token;
         const int32_t label = to.labels[image];
         int32_t* topk = to.topk + place * to.kept;
-        const float rstd = row_rstd(tiles, m, to.width, to.eps);
+        const float rstd = row_rstd<T>(tiles, m, to.width, to.eps);
         if (std::isnan(rstd)) {
             to.rank[place] = static_cast<int32_t>(to.classes);
             to.label_logit[place] = NAN;

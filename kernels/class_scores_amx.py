@@ -1,10 +1,11 @@
-"""Class scoring in bfloat16 on a CPU with AMX: launcher of ``class_scores_amx.cpp``.
+"""Class scoring in bfloat16 or float32 on a CPU with AMX: launcher of ``class_scores_amx.cpp``.
 
 Shape letters: N images, S streams, T tokens, D width, C classes.
 """
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from classlens.kernels.amx import load, pack_panels
+from classlens.kernels.amx import functions, load, on_amx, pack_panels
 from classlens.kernels.class_scores_torch import empty_scores
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reference import ClassScores
@@ -76,26 +77,24 @@ def class_scores_amx(
     """`classlens.kernels.class_scores.class_scores`, its arguments already checked.
 
     Raises:
-        ValueError: something is not bfloat16 on a CPU.
+        ValueError: something is not on a CPU, or not all in bfloat16 or all in float32.
         RuntimeError: no compiler, or it fails; or the system grants no tile registers.
     """
-    if x.device.type != "cpu" or x.dtype != space.weight_CD.dtype or x.dtype != torch.bfloat16:
+    if not on_amx(x, space.weight_CD):
         raise ValueError(
-            f"impl='amx' takes bfloat16 on a CPU, not x in {x.dtype} and a class space in "
-            f"{space.weight_CD.dtype} on {x.device}; pass impl='torch'"
+            f"impl='amx' takes bfloat16 or float32 on a CPU, not x in {x.dtype} and a class space "
+            f"in {space.weight_CD.dtype} on {x.device}; pass impl='torch'"
         )
     x = x.contiguous()
     images, tokens, _ = x.shape
     scoring = ClassScoring(space, labels, streams=1, tokens=tokens, topk=topk, logsumexp=logsumexp)
-    _library().class_scores(x.data_ptr(), images * tokens, scoring, torch.get_num_threads())
+    score = _functions()[x.dtype]
+    score(x.data_ptr(), images * tokens, scoring, torch.get_num_threads())
     return scoring.scores
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = load(SOURCE)
-    library.class_scores.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ClassScoring), ctypes.c_int64),
-    ]
-    library.class_scores.restype = None
-    return library
+def _functions() -> dict[torch.dtype, Callable[..., None]]:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    argtypes = pointer, integer, ctypes.POINTER(ClassScoring), integer
+    return functions(load(SOURCE), "class_scores", argtypes)

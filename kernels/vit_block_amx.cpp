@@ -1,23 +1,24 @@
-// A pre-norm transformer block in bfloat16 on CPUs with AMX, in three passes: LayerNorm and the
-// projection to queries, keys and values; attention; and all that is local to a token after it.
-// Compiled and called by vit_block_amx.py.
+// A pre-norm transformer block in bfloat16 or float32 on CPUs with AMX, in three passes: LayerNorm
+// and the projection to queries, keys and values; attention; and all that is local to a token after
+// it. Compiled and called by vit_block_amx.py.
 //
 // BLOCK rows go through all products of a pass while they lie in a core's second-level cache. As in
 // the model run operation by operation, every product is summed in float32 and every operation's
-// result is rounded to bfloat16. A row's sums do not depend on what else is in the batch.
+// result is rounded to T. A row's sums do not depend on what else is in the batch.
 //
 // Letters: M rows, that is tokens of all images, D width, F width of the MLP, N images, T tokens,
-// H heads, d width of a head.
+// H heads, d width of a head. As a type, T is that of the activations: float, or uint16_t for
+// bfloat16.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "amx.hpp"
+#include "amx_values.hpp"
 #include "class_scores_amx.hpp"
 #include "lanes.hpp"
 #include "threads.hpp"
@@ -37,56 +38,45 @@ struct Linear {
 };
 
 // GELU(x) = max(x, 0) - a Q(a), a = min(|x|, end), where Q, the upper tail of the normal
-// distribution, is a cubic on each of 32 equal segments of [0, end].
+// distribution, is a polynomial on each of 32 equal segments of [0, end].
 struct Tail {
-    const float* coefficients;  // [4][32], of falling powers
+    const float* coefficients;  // [GELU_DEGREE + 1][32], of falling powers
     float segments_per_unit, end;
 };
 
+}  // extern "C"
+
 // What follows attention. attn, mid, keys and mlp may be null; scales, [D], too. The streams' places
 // in `scoring` are negative if they are not scored.
+template <typename T>
 struct AfterAttention {
-    const uint16_t *heads, *x;  // [M, H * d], [M, D]
+    const T *heads, *x;  // [M, H * d], [M, D]
     int64_t rows;
     const Linear *proj, *fc1, *fc2;
     const Norm* norm;
     const Tail* tail;
     const float *attn_scale, *mlp_scale;
-    uint16_t *attn, *mid, *keys, *mlp, *resid;  // [M, D], keys [M, F]
+    T *attn, *mid, *keys, *mlp, *resid;  // [M, D], keys [M, F]
     const ClassScoring* scoring;
     int64_t attn_stream, mid_stream, mlp_stream, resid_stream;
 };
-}
 
 namespace {
 
-constexpr int BLOCK = 128;  // rows that a thread takes through a pass
+// Rows that a thread takes through a pass; float32 takes three times the room.
+template <typename T>
+constexpr int BLOCK = PARTS<T> == 1 ? 128 : 96;
 
-// 32 values, rounded to bfloat16 and as float32.
-struct Rounded {
-    __m512i bits;
+// Cubics are right to 6e-7, quartics to the last place of float32.
+template <typename T>
+constexpr int GELU_DEGREE = PARTS<T> == 1 ? 3 : 4;
 
-    Rounded(__m512 low, __m512 high) : bits((__m512i)_mm512_cvtne2ps_pbh(high, low)) {}
-    explicit Rounded(const uint16_t* from) : bits(_mm512_loadu_si512(from)) {}
-    __m512 low() const { return widen(_mm512_castsi512_si256(bits)); }
-    __m512 high() const { return widen(_mm512_extracti64x4_epi64(bits, 1)); }
-    void store(uint16_t* to) const { _mm512_store_si512(to, bits); }
-    // Past the caches: a store to a line that is not in them would wait until it is read.
-    void stream(uint16_t* to) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits); }
-    Rounded scaled(const float* by) const {
-        return {_mm512_mul_ps(low(), _mm512_loadu_ps(by)),
-                _mm512_mul_ps(high(), _mm512_loadu_ps(by + LANES))};
-    }
-    Rounded operator+(const Rounded& other) const {
-        return {_mm512_add_ps(low(), other.low()), _mm512_add_ps(high(), other.high())};
-    }
-};
-
+template <int DEGREE>
 class Gelu {
 public:
     explicit Gelu(const Tail& tail)
         : scale_(_mm512_set1_ps(tail.segments_per_unit)), end_(_mm512_set1_ps(tail.end)) {
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i <= DEGREE; ++i) {
             near_[i] = _mm512_loadu_ps(tail.coefficients + 2 * LANES * i);
             far_[i] = _mm512_loadu_ps(tail.coefficients + 2 * LANES * i + LANES);
         }
@@ -97,38 +87,39 @@ public:
         const __m512i segment = _mm512_cvttps_epi32(place);
         const __m512 t = _mm512_sub_ps(place, _mm512_cvtepi32_ps(segment));
         __m512 q = _mm512_permutex2var_ps(near_[0], segment, far_[0]);
-        for (int i = 1; i < 4; ++i)
+        for (int i = 1; i <= DEGREE; ++i)
             q = _mm512_fmadd_ps(q, t, _mm512_permutex2var_ps(near_[i], segment, far_[i]));
         // The second operand is what max gives for NaN.
         return _mm512_fnmadd_ps(a, q, _mm512_max_ps(_mm512_setzero_ps(), x));
     }
 
 private:
-    __m512 scale_, end_, near_[4], far_[4];
+    __m512 scale_, end_, near_[DEGREE + 1], far_[DEGREE + 1];
 };
 
 // Rows as they are into tiles; rows behind the last are zeros.
-void pack_rows(const uint16_t* x, int rows, int padded, int64_t width, uint16_t* tiles) {
+template <typename T>
+void pack_rows(const T* x, int rows, int padded, int64_t width, uint16_t* tiles) {
+    const Values<T> zeros(_mm512_setzero_ps(), _mm512_setzero_ps());
     for (int m = 0; m < padded; ++m)
         for (int64_t d = 0; d < width; d += TILE_DEPTH)
-            _mm512_store_si512(tiles + place_in_tiles(m, d, width),
-                               m < rows ? _mm512_loadu_si512(x + m * width + d)
-                                        : _mm512_setzero_si512());
+            (m < rows ? Values<T>(x + m * width + d) : zeros)
+                .to_tiles(tiles + place_in_tiles<T>(m, d, width));
 }
 
 // LayerNorm of rows into tiles; rows behind the last are what they were. value(m, d): 32 of a row.
-template <typename Value>
+template <typename T, typename Value>
 void pack_normalised(const Value& value, int rows, const Norm& norm, uint16_t* tiles) {
     const float width = static_cast<float>(norm.width);
     for (int m = 0; m < rows; ++m) {
         __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
         for (int64_t d = 0; d < norm.width; d += PANEL) {
-            const Rounded x = value(m, d);
+            const Values<T> x = value(m, d);
             sum = _mm512_add_ps(sum, _mm512_add_ps(x.low(), x.high()));
         }
         const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
         for (int64_t d = 0; d < norm.width; d += PANEL) {
-            const Rounded x = value(m, d);
+            const Values<T> x = value(m, d);
             const __m512 low = _mm512_sub_ps(x.low(), mean), high = _mm512_sub_ps(x.high(), mean);
             squares = _mm512_fmadd_ps(low, low, _mm512_fmadd_ps(high, high, squares));
         }
@@ -139,29 +130,31 @@ void pack_normalised(const Value& value, int rows, const Norm& norm, uint16_t* t
                                    _mm512_loadu_ps(norm.weight + d), _mm512_loadu_ps(norm.bias + d));
         };
         for (int64_t d = 0; d < norm.width; d += PANEL) {
-            const Rounded x = value(m, d);
-            Rounded(normalised(x.low(), d), normalised(x.high(), d + LANES))
-                .store(tiles + place_in_tiles(m, d, norm.width));
+            const Values<T> x = value(m, d);
+            Values<T>(normalised(x.low(), d), normalised(x.high(), d + LANES))
+                .to_tiles(tiles + place_in_tiles<T>(m, d, norm.width));
         }
     }
 }
 
-// Calls use(m, c, value) with each 32 outputs of each row, those of a panel while the next one is
+// Calls use(m, c, values) with each 32 outputs of each row, those of a panel while the next one is
 // multiplied. sums: [2][BLOCK][32], scratch.
-template <typename Use>
+template <typename T, typename Use>
 void project(const uint16_t* tiles, int rows, const Linear& linear, float* sums, const Use& use) {
     const int padded = static_cast<int>(round_up(rows, PANEL));
-    const int64_t calls = padded / PANEL * (linear.in / TILE_DEPTH);
+    const int64_t calls = padded / PANEL * (linear.in / TILE_DEPTH) * PRODUCTS<T>;
     const int rows_a_call = static_cast<int>((rows + calls - 1) / calls);
-    float *ready = sums, *next = sums + BLOCK * PANEL;
+    float *ready = sums, *next = sums + BLOCK<T> * PANEL;
     const auto use_row = [&](int m, int64_t c) {
         const float *sum = ready + m * PANEL, *bias = linear.bias + c;
-        use(m, c, Rounded(_mm512_add_ps(_mm512_load_ps(sum), _mm512_loadu_ps(bias)),
-                          _mm512_add_ps(_mm512_load_ps(sum + LANES), _mm512_loadu_ps(bias + LANES))));
+        use(m, c, Values<T>(_mm512_add_ps(_mm512_load_ps(sum), _mm512_loadu_ps(bias)),
+                            _mm512_add_ps(_mm512_load_ps(sum + LANES),
+                                          _mm512_loadu_ps(bias + LANES))));
     };
     for (int64_t c = 0; c < linear.out; c += PANEL) {
+        const uint16_t* panel = linear.weight + PARTS<T> * c * linear.in;
         int m = c > 0 ? 0 : rows;
-        multiply_panel(tiles, padded, linear.weight + c * linear.in, linear.in, next, PANEL, [&] {
+        multiply_panel<T>(tiles, padded, panel, linear.in, next, PANEL, [&] {
             for (const int end = std::min(m + rows_a_call, rows); m < end; ++m) use_row(m, c - PANEL);
         });
         std::swap(ready, next);
@@ -171,52 +164,79 @@ void project(const uint16_t* tiles, int rows, const Linear& linear, float* sums,
 
 // Calls work(first, count) for every BLOCK rows, on threads whose tiles are configured. `make` is
 // called once a thread and returns `work`.
-template <typename Make>
+template <typename T, typename Make>
 void on_blocks(int64_t rows, int64_t threads, const Make& make) {
     on_threads(threads, [&](auto next) {
         const Tiles configured;
         auto work = make();
-        for (int64_t first; (first = next() * BLOCK) < rows;)
-            work(first, static_cast<int>(std::min<int64_t>(BLOCK, rows - first)));
+        for (int64_t first; (first = next() * BLOCK<T>) < rows;)
+            work(first, static_cast<int>(std::min<int64_t>(BLOCK<T>, rows - first)));
         _mm_sfence();  // streamed stores are ordered by nothing else
     });
 }
 
+struct Pair {
+    __m512 even, odd;
+};
+
+// Two neighbouring values of each of 16 rows, at `from` and the rows' places in units of 4 bytes.
+Pair gather(const uint16_t* from, __m512i places, __mmask16 inside) {
+    const __m512i both =
+        _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), inside, places, from, 4);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xFFFF0000)))};
+}
+
+Pair gather(const float* from, __m512i places, __mmask16 inside) {
+    const __m512 zeros = _mm512_setzero_ps();
+    return {_mm512_mask_i32gather_ps(zeros, inside, places, from, 4),
+            _mm512_mask_i32gather_ps(zeros, inside, places, from + 1, 4)};
+}
+
 // Keys [T, d] into panels: the columns of a product with queries.
-void pack_keys(const uint16_t* keys, int64_t tokens, int64_t padded, int64_t depth,
-               uint16_t* panels) {
+template <typename T>
+void pack_keys(const T* keys, int64_t tokens, int64_t padded, int64_t depth, uint16_t* panels) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(depth * 2)));
+    const int row = static_cast<int>(depth * sizeof(T) / 4);
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(row));
     for (int64_t t = 0; t < padded; t += TILE_ROWS) {
-        const __mmask16 inside = lanes_below(tokens, t);
-        uint16_t* panel = panels + t / PANEL * PANEL * depth + t % PANEL / TILE_ROWS * TILE_VALUES;
-        for (int64_t d = 0; d < depth; d += 2)
-            _mm512_store_si512(
-                panel + d / TILE_DEPTH * 2 * TILE_VALUES + d % TILE_DEPTH / 2 * TILE_DEPTH,
-                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), inside, rows,
-                                            keys + t * depth + d, 1));
+        uint16_t* panel = panels + PARTS<T> * (t / PANEL * PANEL * depth) +
+                          t % PANEL / TILE_ROWS * TILE_VALUES;
+        for (int64_t d = 0; d < depth; d += 2) {
+            const Pair pair = gather(keys + t * depth + d, places, lanes_below(tokens, t));
+            pair_to_panel<T>(pair.even, pair.odd,
+                             panel + PARTS<T> * (d / TILE_DEPTH * 2 * TILE_VALUES) +
+                                 d % TILE_DEPTH / 2 * TILE_DEPTH);
+        }
     }
 }
+
+__m512 load(const uint16_t* from) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+__m512 load(const float* from) { return _mm512_loadu_ps(from); }
 
 // Values [T, d] into panels: the columns of a product with weights of tokens.
-void pack_values(const uint16_t* values, int64_t tokens, int64_t padded, int64_t depth,
+template <typename T>
+void pack_values(const T* values, int64_t tokens, int64_t padded, int64_t depth,
                  uint16_t* panels) {
     const auto part = [&](int64_t t, int64_t d) {
-        return t < tokens ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(
-                                reinterpret_cast<const __m256i*>(values + t * depth + d)))
-                          : _mm512_setzero_si512();
+        return t < tokens ? load(values + t * depth + d) : _mm512_setzero_ps();
     };
     for (int64_t d = 0; d < depth; d += TILE_ROWS) {
-        uint16_t* panel = panels + d / PANEL * PANEL * padded + d % PANEL / TILE_ROWS * TILE_VALUES;
+        uint16_t* panel = panels + PARTS<T> * (d / PANEL * PANEL * padded) +
+                          d % PANEL / TILE_ROWS * TILE_VALUES;
         for (int64_t t = 0; t < padded; t += 2)
-            _mm512_store_si512(
-                panel + t / TILE_DEPTH * 2 * TILE_VALUES + t % TILE_DEPTH / 2 * TILE_DEPTH,
-                _mm512_or_si512(part(t, d), _mm512_slli_epi32(part(t + 1, d), 16)));
+            pair_to_panel<T>(part(t, d), part(t + 1, d),
+                             panel + PARTS<T> * (t / TILE_DEPTH * 2 * TILE_VALUES) +
+                                 t % TILE_DEPTH / 2 * TILE_DEPTH);
     }
 }
 
-// e^(scale (score - largest)) of a row of T scores, as bfloat16 into tiles, zeros behind the last;
+// e^(scale (score - largest)) of a row of T scores, rounded into tiles, zeros behind the last;
 // returns their sum before rounding.
+template <typename T>
 float pack_softmax(const float* scores, int64_t tokens, int64_t padded, float scale, int m,
                    uint16_t* tiles) {
     __m512 peak = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -232,129 +252,168 @@ float pack_softmax(const float* scores, int64_t tokens, int64_t padded, float sc
     for (int64_t t = 0; t < padded; t += PANEL) {
         const __m512 low = part(t), high = part(t + LANES);
         sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-        Rounded(low, high).store(tiles + place_in_tiles(m, t, padded));
+        Values<T>(low, high).to_tiles(tiles + place_in_tiles<T>(m, t, padded));
     }
     return _mm512_reduce_add_ps(sum);
 }
 
-}  // namespace
-
-extern "C" {
-
 // y = linear(norm(x)). x: [M, D]. y: [3, H, M, d].
-void queries_keys_values(const uint16_t* x, int64_t rows, const Norm* norm, const Linear* linear,
-                         int64_t head_width, int64_t threads, uint16_t* y) {
-    on_blocks(rows, threads, [&] {
-        return [&, tiles = buffer<uint16_t>(BLOCK * linear->in),
-                sums = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
-            const auto value = [&](int m, int64_t d) {
-                return Rounded(x + (first + m) * norm->width + d);
+template <typename T>
+void queries_keys_values(const T* x, int64_t rows, const Norm& norm, const Linear& linear,
+                         int64_t head_width, int64_t threads, T* y) {
+    on_blocks<T>(rows, threads, [&] {
+        return [&, tiles = buffer<uint16_t>(PARTS<T> * BLOCK<T> * linear.in),
+                sums = buffer<float>(2 * BLOCK<T> * PANEL)](int64_t first, int count) {
+            const auto row = [&](int m, int64_t d) {
+                return Values<T>(x + (first + m) * norm.width + d);
             };
-            pack_normalised(value, count, *norm, tiles.get());
-            project(tiles.get(), count, *linear, sums.get(),
-                    [&](int m, int64_t c, const Rounded& value) {
-                        value.stream(y + (c / head_width * rows + first + m) * head_width +
-                                     c % head_width);
-                    });
+            pack_normalised<T>(row, count, norm, tiles.get());
+            project<T>(tiles.get(), count, linear, sums.get(),
+                       [&](int m, int64_t c, const Values<T>& values) {
+                           values.stream(y + (c / head_width * rows + first + m) * head_width +
+                                         c % head_width);
+                       });
         };
     });
 }
 
 // softmax(Q K^T / sqrt(d)) V of every head. qkv: [3, H, N, T, d]. out: [N, T, H, d].
-void attention(const uint16_t* qkv, int64_t images, int64_t tokens, int64_t heads, int64_t depth,
-               int64_t threads, uint16_t* out) {
+template <typename T>
+void attention(const T* qkv, int64_t images, int64_t tokens, int64_t heads, int64_t depth,
+               int64_t threads, T* out) {
     const int64_t padded = round_up(tokens, PANEL), width = heads * depth;
     const int64_t part = images * tokens * width;
     const float scale = 1.0f / std::sqrt(static_cast<float>(depth));
     on_threads(threads, [=](auto next) {
         const Tiles configured;
-        const auto keys = buffer<uint16_t>(padded * depth), values = buffer<uint16_t>(padded * depth);
-        const auto queries = buffer<uint16_t>(PANEL * depth);
-        const auto weights = buffer<uint16_t>(PANEL * padded);
+        const auto keys = buffer<uint16_t>(PARTS<T> * padded * depth);
+        const auto values = buffer<uint16_t>(PARTS<T> * padded * depth);
+        const auto queries = buffer<uint16_t>(PARTS<T> * PANEL * depth);
+        const auto weights = buffer<uint16_t>(PARTS<T> * PANEL * padded);
         const auto scores = buffer<float>(PANEL * padded), sums = buffer<float>(PANEL * PANEL);
         for (int64_t task; (task = next()) < images * heads;) {
-            const uint16_t* query = qkv + task * tokens * depth;
-            uint16_t* result = out + task % images * tokens * width + task / images * depth;
+            const T* query = qkv + task * tokens * depth;
+            T* result = out + task % images * tokens * width + task / images * depth;
             pack_keys(query + part, tokens, padded, depth, keys.get());
             pack_values(query + 2 * part, tokens, padded, depth, values.get());
             for (int64_t first = 0; first < tokens; first += PANEL) {
                 const int count = static_cast<int>(std::min<int64_t>(PANEL, tokens - first));
                 pack_rows(query + first * depth, count, PANEL, depth, queries.get());
                 for (int64_t t = 0; t < padded; t += PANEL)
-                    multiply_panel(queries.get(), PANEL, keys.get() + t * depth, depth,
-                                   scores.get() + t, padded);
+                    multiply_panel<T>(queries.get(), PANEL, keys.get() + PARTS<T> * t * depth, depth,
+                                      scores.get() + t, padded);
                 float shares[PANEL];
                 for (int m = 0; m < count; ++m)
-                    shares[m] = 1.0f / pack_softmax(scores.get() + m * padded, tokens, padded, scale,
-                                                    m, weights.get());
+                    shares[m] = 1.0f / pack_softmax<T>(scores.get() + m * padded, tokens, padded,
+                                                       scale, m, weights.get());
                 for (int64_t d = 0; d < depth; d += PANEL) {
-                    multiply_panel(weights.get(), PANEL, values.get() + d * padded, padded,
-                                   sums.get(), PANEL);
+                    multiply_panel<T>(weights.get(), PANEL, values.get() + PARTS<T> * d * padded,
+                                      padded, sums.get(), PANEL);
                     for (int m = 0; m < count; ++m) {
                         const __m512 share = _mm512_set1_ps(shares[m]);
                         const float* sum = sums.get() + m * PANEL;
-                        Rounded(_mm512_mul_ps(_mm512_load_ps(sum), share),
-                                _mm512_mul_ps(_mm512_load_ps(sum + LANES), share))
-                            .store(result + (first + m) * width + d);
+                        Values<T>(_mm512_mul_ps(_mm512_load_ps(sum), share),
+                                  _mm512_mul_ps(_mm512_load_ps(sum + LANES), share))
+                            .stream(result + (first + m) * width + d);
                     }
                 }
             }
         }
+        _mm_sfence();
     });
 }
 
 // attn = proj(heads), mid = x + attn, keys = fc1(norm(mid)), mlp = fc2(GELU(keys)),
 // resid = mid + mlp; attn and mlp times their scales. Streams are scored while they lie in the cache.
-void after_attention(const AfterAttention* all, int64_t threads) {
-    const AfterAttention& a = *all;
+template <typename T>
+void after_attention(const AfterAttention<T>& a, int64_t threads) {
     const int64_t width = a.norm->width, hidden_width = a.fc1->out;
-    on_blocks(a.rows, threads, [&] {
+    const auto tiles_of = [](int64_t columns) {
+        return buffer<uint16_t>(PARTS<T> * BLOCK<T> * columns);
+    };
+    on_blocks<T>(a.rows, threads, [&] {
         // `tiles` has what enters proj, then fc1, then the output of fc2; `stream` x, mid, resid.
-        return [&, gelu = Gelu(*a.tail), tiles = buffer<uint16_t>(BLOCK * std::max(a.proj->in, width)),
-                stream = buffer<uint16_t>(BLOCK * width), attn = buffer<uint16_t>(BLOCK * width),
-                hidden = buffer<uint16_t>(BLOCK * hidden_width),
-                sums = buffer<float>(2 * BLOCK * PANEL),
-                logits = buffer<float>(a.scoring == nullptr ? 0 : BLOCK * a.scoring->stride())](
+        return [&, gelu = Gelu<GELU_DEGREE<T>>(*a.tail),
+                tiles = tiles_of(std::max(a.proj->in, width)), stream = tiles_of(width),
+                attn = tiles_of(width), hidden = tiles_of(hidden_width),
+                sums = buffer<float>(2 * BLOCK<T> * PANEL),
+                logits = buffer<float>(a.scoring == nullptr ? 0 : BLOCK<T> * a.scoring->stride())](
                    int64_t first, int count) {
             const int padded = static_cast<int>(round_up(count, PANEL));
             const auto score = [&](const uint16_t* rows, int64_t place) {
-                if (place >= 0) score_tiles(*a.scoring, place, rows, first, count, logits.get());
+                if (place >= 0) score_tiles<T>(*a.scoring, place, rows, first, count, logits.get());
+            };
+            const auto streamed = [&](int m, int64_t d) {
+                return Values<T>::from_tiles(stream.get() + place_in_tiles<T>(m, d, width));
             };
             pack_rows(a.x + first * width, count, padded, width, stream.get());
             pack_rows(a.heads + first * a.proj->in, count, padded, a.proj->in, tiles.get());
-            project(tiles.get(), count, *a.proj, sums.get(), [&](int m, int64_t c, Rounded value) {
-                const int64_t inside = place_in_tiles(m, c, width), place = (first + m) * width + c;
-                if (a.attn_scale != nullptr) value = value.scaled(a.attn_scale + c);
-                const Rounded mid = Rounded(stream.get() + inside) + value;
-                value.store(attn.get() + inside);
-                mid.store(stream.get() + inside);
-                if (a.attn != nullptr) value.stream(a.attn + place);
+            project<T>(tiles.get(), count, *a.proj, sums.get(), [&](int m, int64_t c, Values<T> added) {
+                const int64_t place = (first + m) * width + c;
+                const int64_t inside = place_in_tiles<T>(m, c, width);
+                if (a.attn_scale != nullptr) added = scaled(added, a.attn_scale + c);
+                const Values<T> mid = streamed(m, c) + added;
+                added.to_tiles(attn.get() + inside);
+                mid.to_tiles(stream.get() + inside);
+                if (a.attn != nullptr) added.stream(a.attn + place);
                 if (a.mid != nullptr) mid.stream(a.mid + place);
             });
             score(attn.get(), a.attn_stream);
             score(stream.get(), a.mid_stream);
-            const auto mid = [&](int m, int64_t d) {
-                return Rounded(stream.get() + place_in_tiles(m, d, width));
-            };
-            pack_normalised(mid, count, *a.norm, tiles.get());
-            project(tiles.get(), count, *a.fc1, sums.get(), [&](int m, int64_t c, Rounded value) {
-                if (a.keys != nullptr) value.stream(a.keys + (first + m) * hidden_width + c);
-                Rounded(gelu(value.low()), gelu(value.high()))
-                    .store(hidden.get() + place_in_tiles(m, c, hidden_width));
+            pack_normalised<T>(streamed, count, *a.norm, tiles.get());
+            project<T>(tiles.get(), count, *a.fc1, sums.get(), [&](int m, int64_t c, Values<T> keys) {
+                if (a.keys != nullptr) keys.stream(a.keys + (first + m) * hidden_width + c);
+                Values<T>(gelu(keys.low()), gelu(keys.high()))
+                    .to_tiles(hidden.get() + place_in_tiles<T>(m, c, hidden_width));
             });
-            project(hidden.get(), count, *a.fc2, sums.get(), [&](int m, int64_t c, Rounded value) {
-                const int64_t inside = place_in_tiles(m, c, width), place = (first + m) * width + c;
-                if (a.mlp_scale != nullptr) value = value.scaled(a.mlp_scale + c);
-                const Rounded resid = mid(m, c) + value;
-                value.store(tiles.get() + inside);
-                resid.store(stream.get() + inside);
-                if (a.mlp != nullptr) value.stream(a.mlp + place);
+            project<T>(hidden.get(), count, *a.fc2, sums.get(), [&](int m, int64_t c, Values<T> added) {
+                const int64_t place = (first + m) * width + c;
+                const int64_t inside = place_in_tiles<T>(m, c, width);
+                if (a.mlp_scale != nullptr) added = scaled(added, a.mlp_scale + c);
+                const Values<T> resid = streamed(m, c) + added;
+                added.to_tiles(tiles.get() + inside);
+                resid.to_tiles(stream.get() + inside);
+                if (a.mlp != nullptr) added.stream(a.mlp + place);
                 resid.stream(a.resid + place);
             });
             score(tiles.get(), a.mlp_stream);
             score(stream.get(), a.resid_stream);
         };
     });
+}
+
+}  // namespace
+
+extern "C" {
+
+void queries_keys_values_bfloat16(const uint16_t* x, int64_t rows, const Norm* norm,
+                                  const Linear* linear, int64_t head_width, int64_t threads,
+                                  uint16_t* y) {
+    queries_keys_values(x, rows, *norm, *linear, head_width, threads, y);
+}
+
+void queries_keys_values_float32(const float* x, int64_t rows, const Norm* norm,
+                                 const Linear* linear, int64_t head_width, int64_t threads,
+                                 float* y) {
+    queries_keys_values(x, rows, *norm, *linear, head_width, threads, y);
+}
+
+void attention_bfloat16(const uint16_t* qkv, int64_t images, int64_t tokens, int64_t heads,
+                        int64_t depth, int64_t threads, uint16_t* out) {
+    attention(qkv, images, tokens, heads, depth, threads, out);
+}
+
+void attention_float32(const float* qkv, int64_t images, int64_t tokens, int64_t heads,
+                       int64_t depth, int64_t threads, float* out) {
+    attention(qkv, images, tokens, heads, depth, threads, out);
+}
+
+void after_attention_bfloat16(const AfterAttention<uint16_t>* all, int64_t threads) {
+    after_attention(*all, threads);
+}
+
+void after_attention_float32(const AfterAttention<float>* all, int64_t threads) {
+    after_attention(*all, threads);
 }
 
 }  // extern "C"

@@ -1,7 +1,8 @@
-"""A pre-norm transformer block in bfloat16 on a CPU with AMX: launcher of ``vit_block_amx.cpp``.
+"""A pre-norm transformer block on a CPU with AMX: launcher of ``vit_block_amx.cpp``.
 
-Every operation's result is rounded to bfloat16, as in the model run operation by operation;
-products are summed in float32. A token's result does not depend on what else is in the batch.
+Every operation's result is rounded to the dtype of the activations, bfloat16 or float32, as in the
+model run operation by operation; products are summed in float32, see `classlens.kernels.amx`. A
+token's result does not depend on what else is in the batch.
 
 Shape letters: N images, T tokens, D width, F width of the MLP, H heads, d width of a head.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from classlens.kernels.amx import PANEL, load, pack_panels
+from classlens.kernels.amx import PANEL, functions, load, on_amx, pack_panels
 from classlens.kernels.class_scores_amx import ClassScoring
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-GELU_SEGMENTS, GELU_DEGREE, GELU_END = 32, 3, 6.0  # GELU(-6) is -6e-9
-BFLOAT16_ON_CPU = f"{torch.bfloat16} on cpu"
+GELU_SEGMENTS, GELU_END = 32, 6.0  # GELU(-6) is -6e-9
+GELU_DEGREES = {torch.bfloat16: 3, torch.float32: 4}
 STREAMS = ("attn", "mid", "mlp", "resid")
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
@@ -53,8 +54,8 @@ class VitBlockAmx:
             attn_scale, mlp_scale: [D], LayerScale of the two sublayers.
 
         Raises:
-            ValueError: a weight is not bfloat16 on a CPU, or a width, that of a head among them, is
-                no multiple of 32.
+            ValueError: weights are not on a CPU, all in bfloat16 or all in float32; or a width,
+                that of a head among them, is no multiple of 32.
             RuntimeError: no compiler, or it fails; or the system grants no tile registers.
         """
         self.num_heads, self.head_dim = num_heads, qkv.out_features // 3 // num_heads
@@ -62,9 +63,13 @@ class VitBlockAmx:
         widths = {self.head_dim, *(width for weight in weights for width in weight.shape)}
         if any(width % PANEL for width in widths):
             raise ValueError(f"widths {sorted(widths)} are not all multiples of {PANEL}")
-        if kinds := {f"{w.dtype} on {w.device.type}" for w in weights} - {BFLOAT16_ON_CPU}:
-            raise ValueError(f"weights are {', '.join(sorted(kinds))}; pass {BFLOAT16_ON_CPU}")
-        self._library = _library()
+        if not on_amx(*weights):
+            kinds = sorted({f"{weight.dtype} on {weight.device.type}" for weight in weights})
+            raise ValueError(
+                f"weights are {', '.join(kinds)}; pass all in bfloat16 or all in float32, on a CPU"
+            )
+        self.dtype = weights[0].dtype
+        self._functions = {name: of[self.dtype] for name, of in _functions().items()}
         self._norm1, self._norm2 = _Norm(norm1), _Norm(norm2)
         self._qkv, self._proj = _Linear(qkv), _Linear(proj)
         self._fc1, self._fc2 = _Linear(fc1), _Linear(fc2)
@@ -73,9 +78,9 @@ class VitBlockAmx:
 
     def qkv(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "3 H N T d"]:
         """Queries, keys and values of every head, of the block's input."""
-        x = _checked(x, self._norm1.width)
+        x = self._checked(x, self._norm1.width)
         out = torch.empty(3, self.num_heads, *x.shape[:2], self.head_dim, dtype=x.dtype)
-        self._library.queries_keys_values(
+        self._functions["queries_keys_values"](
             x.data_ptr(),
             x.shape[0] * x.shape[1],
             self._norm1,
@@ -89,9 +94,9 @@ class VitBlockAmx:
     def attention(self, qkv: Float[Tensor, "3 H N T d"]) -> Float[Tensor, "N T Hd"]:
         """softmax(Q·Kᵀ / √d)·V of every head, concatenated."""
         _, heads, images, tokens, depth = qkv.shape
-        qkv = _checked(qkv, depth)
+        qkv = self._checked(qkv, depth)
         out = torch.empty(images, tokens, heads * depth, dtype=qkv.dtype)
-        self._library.attention(
+        self._functions["attention"](
             qkv.data_ptr(),
             images,
             tokens,
@@ -117,14 +122,14 @@ class VitBlockAmx:
         scored: the streams of ``scoring``, among ``STREAMS``, in their order there. Its scores are
         those of `classlens.kernels.class_scores_amx.class_scores_amx`, bit for bit.
         """
-        x, heads = _checked(x, self._norm2.width), _checked(heads, self._proj.depth)
+        x, heads = self._checked(x, self._norm2.width), self._checked(heads, self._proj.depth)
         width, hidden_width = self._norm2.width, self._fc1.columns
         widths = {"attn": width, "mid": width, "key_mlp": hidden_width, "mlp": width}
         widths = {name: n for name, n in widths.items() if name in wanted} | {"resid": width}
         out = {name: torch.empty(*x.shape[:2], n, dtype=x.dtype) for name, n in widths.items()}
         pointers = {name: value.data_ptr() for name, value in out.items()}
         places = {name: place for place, name in enumerate(scored)}
-        self._library.after_attention(
+        self._functions["after_attention"](
             _AfterAttention(
                 heads=heads.data_ptr(),
                 x=x.data_ptr(),
@@ -133,7 +138,7 @@ class VitBlockAmx:
                 fc1=ctypes.pointer(self._fc1),
                 fc2=ctypes.pointer(self._fc2),
                 norm=ctypes.pointer(self._norm2),
-                tail=ctypes.pointer(_normal_tail()),
+                tail=ctypes.pointer(_normal_tail(GELU_DEGREES[self.dtype])),
                 attn_scale=_pointer(self._attn_scale),
                 mlp_scale=_pointer(self._mlp_scale),
                 scoring=None if scoring is None else ctypes.pointer(scoring),
@@ -143,6 +148,14 @@ class VitBlockAmx:
             torch.get_num_threads(),
         )
         return out
+
+    def _checked(self, x: Tensor, width: int) -> Tensor:
+        if x.dtype != self.dtype or not x.is_cpu or x.shape[-1] != width:
+            raise ValueError(
+                f"a block of width {width} takes {self.dtype} on a CPU, not {tuple(x.shape)} in "
+                f"{x.dtype} on {x.device}"
+            )
+        return x.contiguous()
 
 
 class _Norm(ctypes.Structure):
@@ -184,46 +197,36 @@ class _AfterAttention(ctypes.Structure):
     )
 
 
-def _checked(x: Tensor, width: int) -> Tensor:
-    if x.dtype != torch.bfloat16 or not x.is_cpu or x.shape[-1] != width:
-        raise ValueError(
-            f"a block of width {width} takes bfloat16 on a CPU, not {tuple(x.shape)} in {x.dtype} "
-            f"on {x.device}"
-        )
-    return x.contiguous()
-
-
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
-def tail_coefficients() -> Float32[np.ndarray, "powers segments"]:
-    """Cubics in [0, 1) for the normal distribution's upper tail on equal segments of
-    [0, ``GELU_END``], by falling powers; off by 6e-7 at most."""
+def tail_coefficients(degree: int) -> Float32[np.ndarray, "powers segments"]:
+    """Polynomials in [0, 1) for the normal distribution's upper tail on equal segments of
+    [0, ``GELU_END``], by falling powers; cubics are off by 6e-7 at most, quartics by 4e-8."""
     width = GELU_END / GELU_SEGMENTS
-    nodes = np.polynomial.chebyshev.chebpts1(GELU_DEGREE + 1) / 2 + 0.5
+    nodes = np.polynomial.chebyshev.chebpts1(degree + 1) / 2 + 0.5
     places = (np.arange(GELU_SEGMENTS) + nodes[:, None]) * width
     tail = torch.special.erfc(torch.from_numpy(places / np.sqrt(2))).numpy() / 2
-    return np.ascontiguousarray(np.polyfit(nodes, tail, GELU_DEGREE), np.float32)
+    return np.ascontiguousarray(np.polyfit(nodes, tail, degree), np.float32)
 
 
 @functools.cache
-def _normal_tail() -> _Tail:
+def _normal_tail(degree: int) -> _Tail:
     # Just under the end, which would be a segment of its own.
     end = np.nextafter(np.float32(GELU_END), np.float32(0))
-    return _Tail(tail_coefficients().ctypes.data, GELU_SEGMENTS / GELU_END, end)
+    return _Tail(tail_coefficients(degree).ctypes.data, GELU_SEGMENTS / GELU_END, end)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    library = load(SOURCE)
-    structure = ctypes.POINTER
-    library.queries_keys_values.argtypes = [
-        *(POINTER, INTEGER, structure(_Norm), structure(_Linear), INTEGER, INTEGER, POINTER),
-    ]
-    library.attention.argtypes = [*(POINTER, INTEGER, INTEGER, INTEGER, INTEGER, INTEGER, POINTER)]
-    library.after_attention.argtypes = [structure(_AfterAttention), INTEGER]
-    for function in (library.queries_keys_values, library.attention, library.after_attention):
-        function.restype = None
-    return library
+def _functions() -> dict[str, dict[torch.dtype, Callable[..., None]]]:
+    library, structure = load(SOURCE), ctypes.POINTER
+    argtypes = {
+        "queries_keys_values": [
+            *(POINTER, INTEGER, structure(_Norm), structure(_Linear), INTEGER, INTEGER, POINTER),
+        ],
+        "attention": [*(POINTER, INTEGER, INTEGER, INTEGER, INTEGER, INTEGER, POINTER)],
+        "after_attention": [structure(_AfterAttention), INTEGER],
+    }
+    return {name: functions(library, name, types) for name, types in argtypes.items()}

@@ -115,7 +115,8 @@ class MemoriesReducer:
         """
         labels = targets.labels
         # A CPU that scores with AMX has AVX-512 too.
-        topk_impl = "avx512" if self.impl == "amx" else "auto"
+        bfloat16 = self.space.weight_CD.dtype == torch.bfloat16
+        topk_impl = "avx512" if self.impl == "amx" and bfloat16 else "auto"
         by_class = {"": labels, "_control": control_classes(targets, self.space.num_classes)}
 
         def top1(sites: Mapping[str, Tensor], sublayer: str) -> Tensor:
