@@ -90,12 +90,12 @@ int64_t place_in_tiles(int64_t m, int64_t d, int64_t depth) {
                          _MM_HINT_T0);                                                         \
     } while (false)
 
-// out[m * stride + c]: the products of so many rows, a multiple of 32, with the columns of a panel.
-// meanwhile(): called PRODUCTS times for every 32 rows and 32 values of the depth; what it does in
+// out[m * stride + c]: the products of so many rows, a multiple of 32, with the columns of a panel;
+// added to what is there if `adds`. meanwhile(): called PRODUCTS times for every 32 rows and 32 values of the depth; what it does in
 // vector registers takes no time of the tile registers.
 template <typename T, typename Meanwhile>
 void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
-                    float* out, int64_t stride, Meanwhile&& meanwhile) {
+                    float* out, int64_t stride, bool adds, Meanwhile&& meanwhile) {
     constexpr int STEP = PARTS<T> * TILE_VALUES;
     // What is fetched behind the end is mostly what comes next.
     constexpr int AHEAD = (PARTS<T> == 1 ? 2 : 1) * STEP;
@@ -118,10 +118,18 @@ void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int6
             _tile_dpbf16ps(3, 5, 7);
             meanwhile();
         };
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        float *first = out, *second = out + TILE_ROWS * stride;
+        if (adds) {
+            _tile_loadd(0, first, stride * sizeof(float));
+            _tile_loadd(1, first + TILE_ROWS, stride * sizeof(float));
+            _tile_loadd(2, second, stride * sizeof(float));
+            _tile_loadd(3, second + TILE_ROWS, stride * sizeof(float));
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
         for (const uint16_t* end = lower; upper < end;
              upper += STEP, lower += STEP, columns += 2 * STEP) {
             load_rows(0);
@@ -136,17 +144,17 @@ void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int6
                 load_rows(0), multiply();
             }
         }
-        _tile_stored(0, out, stride * sizeof(float));
-        _tile_stored(1, out + TILE_ROWS, stride * sizeof(float));
-        _tile_stored(2, out + TILE_ROWS * stride, stride * sizeof(float));
-        _tile_stored(3, out + TILE_ROWS * stride + TILE_ROWS, stride * sizeof(float));
+        _tile_stored(0, first, stride * sizeof(float));
+        _tile_stored(1, first + TILE_ROWS, stride * sizeof(float));
+        _tile_stored(2, second, stride * sizeof(float));
+        _tile_stored(3, second + TILE_ROWS, stride * sizeof(float));
     }
 }
 
 template <typename T>
 void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
                     float* out, int64_t stride) {
-    multiply_panel<T>(tiles, rows, panel, depth, out, stride, [] {});
+    multiply_panel<T>(tiles, rows, panel, depth, out, stride, false, [] {});
 }
 
 // Asks Linux for the tile registers, which a process does not have from the start; 0 if granted.

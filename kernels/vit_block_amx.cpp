@@ -63,9 +63,11 @@ struct AfterAttention {
 
 namespace {
 
-// Rows that a thread takes through a pass; float32 takes three times the room.
+constexpr int BLOCK = 128;  // rows that a thread takes through a pass
+
+// Neurons of the MLP whose activations are held at a time: float32 takes three times the room.
 template <typename T>
-constexpr int BLOCK = PARTS<T> == 1 ? 128 : 96;
+constexpr int64_t CHUNK = PARTS<T> == 1 ? 4096 : 768;
 
 // Cubics are right to 6e-7, quartics to the last place of float32.
 template <typename T>
@@ -137,29 +139,73 @@ void pack_normalised(const Value& value, int rows, const Norm& norm, uint16_t* t
     }
 }
 
+// Columns of a weight, of a part of its depth.
+struct Panels {
+    const uint16_t* weight;
+    const float* bias;
+    int64_t stride, depth, columns;  // stride: from panel to panel
+};
+
+template <typename T>
+Panels columns_of(const Linear& linear, int64_t first, int64_t count) {
+    return {linear.weight + PARTS<T> * first * linear.in, linear.bias + first,
+            PARTS<T> * PANEL * linear.in, linear.in, count};
+}
+
+template <typename T>
+Panels depth_of(const Linear& linear, int64_t first, int64_t count) {
+    return {linear.weight + PARTS<T> * PANEL * first, linear.bias,
+            PARTS<T> * PANEL * linear.in, count, linear.out};
+}
+
+// Sums of so many panels, [panels][BLOCK][32]; of more panels one takes the place of another.
+struct Sums {
+    float* values;
+    int64_t panels;
+
+    float* of(int64_t c) const {
+        return values + c / PANEL % panels * BLOCK * PANEL;
+    }
+};
+
 // Calls use(m, c, values) with each 32 outputs of each row, those of a panel while the next one is
-// multiplied. sums: [2][BLOCK][32], scratch.
+// multiplied. adds: to the sums of other parts of the depth; otherwise two panels are enough.
 template <typename T, typename Use>
-void project(const uint16_t* tiles, int rows, const Linear& linear, float* sums, const Use& use) {
+void project(const uint16_t* tiles, int rows, const Panels& panels, const Sums& sums, bool adds,
+             const Use& use) {
     const int padded = static_cast<int>(round_up(rows, PANEL));
-    const int64_t calls = padded / PANEL * (linear.in / TILE_DEPTH) * PRODUCTS<T>;
+    const int64_t calls = padded / PANEL * (panels.depth / TILE_DEPTH) * PRODUCTS<T>;
     const int rows_a_call = static_cast<int>((rows + calls - 1) / calls);
-    float *ready = sums, *next = sums + BLOCK<T> * PANEL;
     const auto use_row = [&](int m, int64_t c) {
-        const float *sum = ready + m * PANEL, *bias = linear.bias + c;
+        const float *sum = sums.of(c) + m * PANEL, *bias = panels.bias + c;
         use(m, c, Values<T>(_mm512_add_ps(_mm512_load_ps(sum), _mm512_loadu_ps(bias)),
                             _mm512_add_ps(_mm512_load_ps(sum + LANES),
                                           _mm512_loadu_ps(bias + LANES))));
     };
-    for (int64_t c = 0; c < linear.out; c += PANEL) {
-        const uint16_t* panel = linear.weight + PARTS<T> * c * linear.in;
+    for (int64_t c = 0; c < panels.columns; c += PANEL) {
         int m = c > 0 ? 0 : rows;
-        multiply_panel<T>(tiles, padded, panel, linear.in, next, PANEL, [&] {
-            for (const int end = std::min(m + rows_a_call, rows); m < end; ++m) use_row(m, c - PANEL);
-        });
-        std::swap(ready, next);
+        multiply_panel<T>(tiles, padded, panels.weight + c / PANEL * panels.stride, panels.depth,
+                          sums.of(c), PANEL, adds, [&] {
+                              for (const int end = std::min(m + rows_a_call, rows); m < end; ++m)
+                                  use_row(m, c - PANEL);
+                          });
     }
-    for (int m = 0; m < rows; ++m) use_row(m, linear.out - PANEL);
+    for (int m = 0; m < rows; ++m) use_row(m, panels.columns - PANEL);
+}
+
+template <typename T, typename Use>
+void project(const uint16_t* tiles, int rows, const Linear& linear, const Sums& sums,
+             const Use& use) {
+    project<T>(tiles, rows, columns_of<T>(linear, 0, linear.out), sums, false, use);
+}
+
+// The products of a part of the depth, added to those of the others if `adds`.
+template <typename T>
+void add_up(const uint16_t* tiles, int rows, const Panels& panels, const Sums& sums, bool adds) {
+    for (int64_t c = 0; c < panels.columns; c += PANEL)
+        multiply_panel<T>(tiles, static_cast<int>(round_up(rows, PANEL)),
+                          panels.weight + c / PANEL * panels.stride, panels.depth, sums.of(c),
+                          PANEL, adds, [] {});
 }
 
 // Calls work(first, count) for every BLOCK rows, on threads whose tiles are configured. `make` is
@@ -169,8 +215,8 @@ void on_blocks(int64_t rows, int64_t threads, const Make& make) {
     on_threads(threads, [&](auto next) {
         const Tiles configured;
         auto work = make();
-        for (int64_t first; (first = next() * BLOCK<T>) < rows;)
-            work(first, static_cast<int>(std::min<int64_t>(BLOCK<T>, rows - first)));
+        for (int64_t first; (first = next() * BLOCK) < rows;)
+            work(first, static_cast<int>(std::min<int64_t>(BLOCK, rows - first)));
         _mm_sfence();  // streamed stores are ordered by nothing else
     });
 }
@@ -262,13 +308,13 @@ template <typename T>
 void queries_keys_values(const T* x, int64_t rows, const Norm& norm, const Linear& linear,
                          int64_t head_width, int64_t threads, T* y) {
     on_blocks<T>(rows, threads, [&] {
-        return [&, tiles = buffer<uint16_t>(PARTS<T> * BLOCK<T> * linear.in),
-                sums = buffer<float>(2 * BLOCK<T> * PANEL)](int64_t first, int count) {
+        return [&, tiles = buffer<uint16_t>(PARTS<T> * BLOCK * linear.in),
+                space = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
             const auto row = [&](int m, int64_t d) {
                 return Values<T>(x + (first + m) * norm.width + d);
             };
             pack_normalised<T>(row, count, norm, tiles.get());
-            project<T>(tiles.get(), count, linear, sums.get(),
+            project<T>(tiles.get(), count, linear, Sums{space.get(), 2},
                        [&](int m, int64_t c, const Values<T>& values) {
                            values.stream(y + (c / head_width * rows + first + m) * head_width +
                                          c % head_width);
@@ -327,19 +373,21 @@ void attention(const T* qkv, int64_t images, int64_t tokens, int64_t heads, int6
 // resid = mid + mlp; attn and mlp times their scales. Streams are scored while they lie in the cache.
 template <typename T>
 void after_attention(const AfterAttention<T>& a, int64_t threads) {
-    const int64_t width = a.norm->width, hidden_width = a.fc1->out;
+    const int64_t width = a.norm->width, neurons = a.fc1->out;
+    const int64_t chunk = std::min(CHUNK<T>, neurons), panels = neurons > chunk ? width / PANEL : 2;
     const auto tiles_of = [](int64_t columns) {
-        return buffer<uint16_t>(PARTS<T> * BLOCK<T> * columns);
+        return buffer<uint16_t>(PARTS<T> * BLOCK * columns);
     };
     on_blocks<T>(a.rows, threads, [&] {
         // `tiles` has what enters proj, then fc1, then the output of fc2; `stream` x, mid, resid.
         return [&, gelu = Gelu<GELU_DEGREE<T>>(*a.tail),
                 tiles = tiles_of(std::max(a.proj->in, width)), stream = tiles_of(width),
-                attn = tiles_of(width), hidden = tiles_of(hidden_width),
-                sums = buffer<float>(2 * BLOCK<T> * PANEL),
-                logits = buffer<float>(a.scoring == nullptr ? 0 : BLOCK<T> * a.scoring->stride())](
+                attn = tiles_of(width), hidden = tiles_of(chunk),
+                space = buffer<float>((2 + panels) * BLOCK * PANEL),
+                logits = buffer<float>(a.scoring == nullptr ? 0 : BLOCK * a.scoring->stride())](
                    int64_t first, int count) {
             const int padded = static_cast<int>(round_up(count, PANEL));
+            const Sums sums{space.get(), 2}, over_chunks{space.get() + 2 * BLOCK * PANEL, panels};
             const auto score = [&](const uint16_t* rows, int64_t place) {
                 if (place >= 0) score_tiles<T>(*a.scoring, place, rows, first, count, logits.get());
             };
@@ -348,7 +396,7 @@ void after_attention(const AfterAttention<T>& a, int64_t threads) {
             };
             pack_rows(a.x + first * width, count, padded, width, stream.get());
             pack_rows(a.heads + first * a.proj->in, count, padded, a.proj->in, tiles.get());
-            project<T>(tiles.get(), count, *a.proj, sums.get(), [&](int m, int64_t c, Values<T> added) {
+            project<T>(tiles.get(), count, *a.proj, sums, [&](int m, int64_t c, Values<T> added) {
                 const int64_t place = (first + m) * width + c;
                 const int64_t inside = place_in_tiles<T>(m, c, width);
                 if (a.attn_scale != nullptr) added = scaled(added, a.attn_scale + c);
@@ -361,12 +409,7 @@ void after_attention(const AfterAttention<T>& a, int64_t threads) {
             score(attn.get(), a.attn_stream);
             score(stream.get(), a.mid_stream);
             pack_normalised<T>(streamed, count, *a.norm, tiles.get());
-            project<T>(tiles.get(), count, *a.fc1, sums.get(), [&](int m, int64_t c, Values<T> keys) {
-                if (a.keys != nullptr) keys.stream(a.keys + (first + m) * hidden_width + c);
-                Values<T>(gelu(keys.low()), gelu(keys.high()))
-                    .to_tiles(hidden.get() + place_in_tiles<T>(m, c, hidden_width));
-            });
-            project<T>(hidden.get(), count, *a.fc2, sums.get(), [&](int m, int64_t c, Values<T> added) {
+            const auto finish = [&](int m, int64_t c, Values<T> added) {
                 const int64_t place = (first + m) * width + c;
                 const int64_t inside = place_in_tiles<T>(m, c, width);
                 if (a.mlp_scale != nullptr) added = scaled(added, a.mlp_scale + c);
@@ -375,7 +418,22 @@ void after_attention(const AfterAttention<T>& a, int64_t threads) {
                 resid.to_tiles(stream.get() + inside);
                 if (a.mlp != nullptr) added.stream(a.mlp + place);
                 resid.stream(a.resid + place);
-            });
+            };
+            for (int64_t f = 0; f < neurons; f += chunk) {
+                const int64_t held = std::min(chunk, neurons - f);
+                project<T>(tiles.get(), count, columns_of<T>(*a.fc1, f, held), sums, false,
+                           [&](int m, int64_t c, const Values<T>& keys) {
+                               if (a.keys != nullptr)
+                                   keys.stream(a.keys + (first + m) * neurons + f + c);
+                               Values<T>(gelu(keys.low()), gelu(keys.high()))
+                                   .to_tiles(hidden.get() + place_in_tiles<T>(m, c, held));
+                           });
+                const Panels fc2 = depth_of<T>(*a.fc2, f, held);
+                if (f + held < neurons)
+                    add_up<T>(hidden.get(), count, fc2, over_chunks, f > 0);
+                else
+                    project<T>(hidden.get(), count, fc2, over_chunks, f > 0, finish);
+            }
             score(tiles.get(), a.mlp_stream);
             score(stream.get(), a.resid_stream);
         };
