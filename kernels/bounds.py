@@ -31,6 +31,8 @@ ranks in between are open, exact ties among them. The parts:
   less than λ standard deviations. Summed over the additions of a chain, the worst of all orders,
   Σ (m/D)² ≤ (D + 2)/3 and Σ m (D − m)/D² ≤ D/6, which gives
   A_c = λ v √(D + 2) (|s_c| √⅓ + λ √(Q/6)).
+  Where a float32 product is six of bfloat16 parts (`classlens.kernels.amx`), six additions stand
+  for each, A_c is √6 times that, and 2v Σ|t_d| comes on top for the three products left out.
 - ρ, error of r̂: a sum of squares has relative error (D + 4) v at most, its mean's error enters
   squared, and the root halves it: ρ = (D/2 + 8) v + ½ (D v mean|x|)² / var.
 
@@ -52,8 +54,13 @@ def logit_error(
     x_TD: Float[Tensor, "T D"],
     space: ClassSpace,
     dtype: torch.dtype,
+    *,
+    split: bool = False,
 ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T C"]]:
-    """Exact logits in float64 and the bound δ on the error of each, as the module derives it."""
+    """Exact logits in float64 and the bound δ on the error of each, as the module derives it.
+
+    split: of float32, whether products are those of bfloat16 parts.
+    """
     x_TD, weight_CD, bias_C = x_TD.double(), space.weight_CD.double(), space.bias_C.double()
     width = x_TD.shape[1]
     half = dtype in (torch.float16, torch.bfloat16)
@@ -71,6 +78,8 @@ def logit_error(
     partial_TC = sums_TC.abs() / 3**0.5 + LAMBDA / 6**0.5 * spread_TC
     partial_TC *= LAMBDA * (width + 2) ** 0.5
     accumulation_TC = width * 2 * v * magnitude_TC if half else v * partial_TC
+    if split:
+        accumulation_TC = 6**0.5 * accumulation_TC + 2 * v * magnitude_TC
     accumulation_TC += 2**-53 * partial_TC
     rho_T1 = (width / 2 + 8) * v + (width * v * x_TD.abs().mean(dim=1, keepdim=True)) ** 2 / (
         2 * var_T1 + space.eps
@@ -90,6 +99,8 @@ def rank_bracket(
     space64: ClassSpace,
     labels: Int[Tensor, " N"],
     dtype: torch.dtype,
+    *,
+    split: bool = False,
 ) -> tuple[Int[Tensor, "N T"], Int[Tensor, "N T"]]:
     """The lowest and the highest rank that a correct implementation may give each token.
 
@@ -100,6 +111,7 @@ def rank_bracket(
             about the rounded model.
         labels: [N] in [0, C).
         dtype: scored in this dtype: that of ``x`` and, or a wider one, of the weight.
+        split: of float32, whether products are those of bfloat16 parts (``impl="amx"``).
 
     Returns:
         (lo, hi), [N, T] int32 each: lo = #{c ≠ y : l_c − l_y > δ_c + δ_y} and
@@ -109,7 +121,7 @@ def rank_bracket(
     lo_NT = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
     hi_NT = torch.empty_like(lo_NT)
     for n, label in enumerate(labels.tolist()):
-        logits_TC, error_TC = logit_error(x[n], space64, dtype)
+        logits_TC, error_TC = logit_error(x[n], space64, dtype, split=split)
         gap_TC = logits_TC - logits_TC[:, label : label + 1]
         slack_TC = error_TC + error_TC[:, label : label + 1]
         invalid_T = ~torch.isfinite(gap_TC[:, label])

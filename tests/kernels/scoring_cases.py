@@ -94,8 +94,10 @@ def assert_in_bracket(
     space64: ClassSpace,
     labels: torch.Tensor,
     dtype: torch.dtype,
+    *,
+    split: bool = False,
 ) -> None:
-    lo, hi = rank_bracket(x, space64, labels, dtype)
+    lo, hi = rank_bracket(x, space64, labels, dtype, split=split)
     outside = (actual.rank < lo) | (actual.rank > hi)
     assert not outside.any(), f"{int(outside.sum())} ranks of {outside.numel()} outside"
 
