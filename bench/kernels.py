@@ -44,7 +44,7 @@ def kernels(
 
     \b
     triton     the fused kernel (GPU)
-    amx        the fused kernel for bfloat16 (CPU with AMX)
+    amx        the fused kernel of CPUs with AMX
     compiled   chunked products, compiled reductions
     torch      chunked products, eager reductions
     whole      plain torch.compile of LayerNorm, projection and reductions
@@ -134,9 +134,8 @@ def implementations(
     x: torch.Tensor, exact: ClassSpace, space: ClassSpace, labels: torch.Tensor
 ) -> dict[str, Callable[[], Any]]:
     """What runs on this device, by name; each scores the whole of ``x``."""
-    import torch
 
-    from classlens.kernels.amx import amx_found
+    from classlens.kernels.amx import amx_found, on_amx
     from classlens.kernels.class_scores import class_scores
     from classlens.kernels.reductions import compiled, compiler_found
 
@@ -144,7 +143,7 @@ def implementations(
     tasks: dict[str, Callable[[], Any]] = {}
     if not on_cpu:
         tasks["triton"] = lambda: class_scores(x, space, labels, impl="triton")
-    if on_cpu and x.dtype == torch.bfloat16 and amx_found():
+    if on_amx(x, space.weight_CD) and amx_found():
         tasks["amx"] = lambda: class_scores(x, space, labels, impl="amx")
     if compiler_found(x.device):
         tasks["compiled"] = lambda: class_scores(x, space, labels, impl="compiled")
@@ -206,7 +205,7 @@ def check(
         return
     ends = torch.tensor([0, len(x) - 1])
     dtype = space.weight_CD.dtype
-    lo, hi = rank_bracket(x[ends].cpu(), exact, labels[ends].cpu(), dtype)
+    lo, hi = rank_bracket(x[ends].cpu(), exact, labels[ends].cpu(), dtype, split=name == "amx")
     rank = scores.rank[ends].cpu()
     if ((rank < lo) | (rank > hi)).any():
         raise AssertionError(f"{name}: ranks outside the derived bracket")

@@ -98,7 +98,7 @@ def rivals(
     ours keeps: label's rank and logit and top classes (theirs five, ours one, and ours the
     log-probability too) of every token, in the streams resid, attn and mlp of every block.
 
-    share_of_peak: of the fastest large matrix product in the extractor's dtype, timed in every
+    share_of_peak: of torch's fastest large matrix product in the extractor's dtype, timed in every
     round, what forward pass and scoring come to.
 
     All those ranks are compared, one by one: image, block, stream and token, CLS among them.

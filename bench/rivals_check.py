@@ -149,7 +149,7 @@ def rank_brackets(
     import numpy as np
     import torch
 
-    from classlens.extractor.engine import make_scorer
+    from classlens.extractor.engine import choose_impl, make_scorer
     from classlens.kernels.bounds import rank_bracket
 
     config = prepared.config
@@ -167,6 +167,7 @@ def rank_brackets(
                     space,
                     batch_labels,
                     scorer.dtype,
+                    split=choose_impl(config, len(pixels)) == "amx",
                 )
                 brackets_L.append([bound.view(x_NSTD.shape[:3]) for bound in bracket])
         low.append(torch.stack([bound for bound, _ in brackets_L], dim=1).numpy())

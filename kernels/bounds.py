@@ -59,7 +59,7 @@ def logit_error(
 ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "T C"]]:
     """Exact logits in float64 and the bound δ on the error of each, as the module derives it.
 
-    split: of float32, whether products are those of bfloat16 parts.
+    split: whether products of float32 are those of bfloat16 parts.
     """
     x_TD, weight_CD, bias_C = x_TD.double(), space.weight_CD.double(), space.bias_C.double()
     width = x_TD.shape[1]
@@ -78,7 +78,7 @@ def logit_error(
     partial_TC = sums_TC.abs() / 3**0.5 + LAMBDA / 6**0.5 * spread_TC
     partial_TC *= LAMBDA * (width + 2) ** 0.5
     accumulation_TC = width * 2 * v * magnitude_TC if half else v * partial_TC
-    if split:
+    if split and not half:
         accumulation_TC = 6**0.5 * accumulation_TC + 2 * v * magnitude_TC
     accumulation_TC += 2**-53 * partial_TC
     rho_T1 = (width / 2 + 8) * v + (width * v * x_TD.abs().mean(dim=1, keepdim=True)) ** 2 / (
@@ -111,7 +111,7 @@ def rank_bracket(
             about the rounded model.
         labels: [N] in [0, C).
         dtype: scored in this dtype: that of ``x`` and, or a wider one, of the weight.
-        split: of float32, whether products are those of bfloat16 parts (``impl="amx"``).
+        split: whether products of float32 are those of bfloat16 parts (``impl="amx"``).
 
     Returns:
         (lo, hi), [N, T] int32 each: lo = #{c ≠ y : l_c − l_y > δ_c + δ_y} and

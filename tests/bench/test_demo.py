@@ -15,7 +15,7 @@ from PIL import Image
 from classlens.bench.demo.command import demo_config
 from classlens.bench.demo.model_card import WEIGHTS
 from classlens.cli import cli
-from classlens.extractor.blocks import walk
+from classlens.extractor.engine import choose_forward
 from classlens.extractor.models import load_subject
 from classlens.extractor.plan import read_member
 from classlens.extractor.scorer import Scorer
@@ -36,7 +36,14 @@ def out(tmp_path_factory):
 def test_every_number_of_the_demo_equals_the_specification(out, batches):
     config = demo_config(str(WEIGHTS))
     subject = load_subject(config)
-    scorer = Scorer(subject, [], dtype=torch.float32, device="cpu", convention="corrected")
+    scorer = Scorer(
+        subject,
+        [],
+        dtype=torch.float32,
+        device="cpu",
+        convention="corrected",
+        forward=choose_forward(config, subject, 500),
+    )
     store = out / "model"
     paths = ("rank", "label_logit", "label_logprob")
     stored = {p: np.asarray(zarr.open_array(str(store / "scores" / p))[...]) for p in paths}
@@ -49,7 +56,8 @@ def test_every_number_of_the_demo_equals_the_specification(out, batches):
         labels = torch.from_numpy(rows["label"].to_numpy().copy()).long()
         places = rows["image"].to_numpy()
         with torch.inference_mode():
-            sites = [s for _, s in walk(scorer.model, scorer.images(torch.from_numpy(pixels)), "")]
+            walked = scorer.walk(torch.from_numpy(pixels), wanted=frozenset(config.streams))
+            sites = [found for _, found in walked]
         for block, found in enumerate(sites):
             for stream, name in enumerate(config.streams):
                 x = found[name].double()

@@ -85,7 +85,7 @@ def check_store(settings, shards, out):
     labels = torch.from_numpy(manifest["label"].to_numpy().copy()).long()
     rank, logit = read(out, "scores/rank"), read(out, "scores/label_logit")
     logprob, top1 = read(out, "scores/label_logprob"), read(out, "scores/top1")
-    split = settings.dtype == "float32" and choose_impl(settings, 9) == "amx"
+    split = choose_impl(settings, 9) == "amx"
     half = 2.0**-11 if settings.dtype == "float32" else 2.0**-7  # of float16 or of bfloat16 weights
     for block in range(subject.blocks):
         for place, stream in enumerate(settings.streams):

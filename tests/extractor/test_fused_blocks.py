@@ -67,10 +67,13 @@ def test_other_kinds_of_blocks_do_not_fit():
 @needs_amx
 @pytest.mark.parametrize("variant", ["cls", "registers-layerscale-gap"])
 @pytest.mark.parametrize("attend", [full_attention, lambda q, k, v: self_only(q, k, v, prefix=1)])
-def test_sites_are_those_of_the_block_but_for_rounding(variant, attend):
-    model = load_subject(wide(variant)).model.to(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "off"), [(torch.bfloat16, 2.0**-7), (torch.float32, 2.0**-20)], ids=str
+)
+def test_sites_are_those_of_the_block_but_for_rounding(variant, attend, dtype, off):
+    model = load_subject(wide(variant)).model.to(dtype)
     fused = FusedBlocks(model)
-    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.inference_mode():
         for block in model.blocks:
             expected = block_sites(block, x, SITES, attend)
@@ -80,7 +83,7 @@ def test_sites_are_those_of_the_block_but_for_rounding(variant, attend):
                 assert found[name].shape == site.shape
                 # Sums in another order, whose rounding carries on through four products.
                 scale = float(site.abs().max())
-                torch.testing.assert_close(found[name], site, rtol=2**-7, atol=2**-7 * scale)
+                torch.testing.assert_close(found[name], site, rtol=off, atol=off * scale)
             assert set(fused(block, x, {"mlp", "query"})) == {"resid", "mlp", "query"}
             x = expected["resid"]
 
@@ -93,7 +96,8 @@ def test_when_the_fused_blocks_are_taken(monkeypatch):
     assert choose_forward(wide(certify=True), subject, 5) == "amx"
     assert choose_impl(wide(certify=True), 5) == "torch"
     assert choose_forward(wide(compile=False), subject, 5) == "eager"
-    assert choose_forward(wide(dtype="float32"), subject, 5) == "eager"
+    assert choose_forward(wide(dtype="float32"), subject, 5) == "amx"
+    assert choose_forward(wide(dtype="float16"), subject, 5) == "eager"
     assert choose_forward(wide("post-norm-gap"), post_norm, 5) == "eager"
     assert choose_forward(wide("post-norm-gap", compile=True), post_norm, 5) == "compiled"
     monkeypatch.setattr(cpp, "compiler", lambda: None)
@@ -136,11 +140,12 @@ def test_an_extraction_takes_them_and_says_so(make_shards, tmp_path, monkeypatch
         ("cls", "corrected", {"certify": True}, False),
     ],
 )
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_which_ranks_the_blocks_find(
-    make_shards, monkeypatch, variant, convention, settings, fused
+    make_shards, monkeypatch, dtype, variant, convention, settings, fused
 ):
     """And that they are those of the streams scored one by one."""
-    config = wide(variant, convention=convention, **settings)
+    config = wide(variant, convention=convention, dtype=dtype, **settings)
     prepared = prepare(config, [str(s) for s in make_shards((3,))])
     pixels, labels = read_pictures(prepared, 3)
     scored = []
