@@ -145,8 +145,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Prove every rank equal to that of exact arithmetic, or mend it.")  # fmt: skip
 @click.option("--compile/--no-compile", default=None,
               help="Have torch.compile fuse the forward pass and the reductions; a CPU needs a C++ "
-              "compiler. bfloat16 on a CPU with AMX has kernels of its own instead, unless "
-              "--no-compile.  [default: on a CPU, from 3,000 images]")  # fmt: skip
+              "compiler. A CPU with AMX has kernels of its own instead, unless --no-compile.  [default: on a CPU, from 3,000 images]")  # fmt: skip
 @click.option("--cuda-graph", is_flag=True, help="Launch each batch on a GPU as one graph.")
 @click.option("--decoder", type=click.Choice(["simplejpeg", "pil"]), default="simplejpeg",
               show_default=True,
@@ -383,9 +382,10 @@ def _print_faster(config: ExtractConfig) -> None:
     if not config.on_cpu:
         return
     if config.dtype == "float32" and native_bfloat16():
+        times = bfloat16_speedup(amx=config.compile is not False and amx.amx_found())
         click.echo(
-            f"this CPU multiplies bfloat16 {bfloat16_speedup():.1f} times as fast: --dtype "
-            "bfloat16, which is less exact (`classlens bench fidelity` says by how much)"
+            f"this CPU multiplies bfloat16 {times:.1f} times as fast: --dtype bfloat16, which is "
+            "less exact (`classlens bench fidelity` says by how much)"
         )
     if amx.has_amx() and cpp.compiler() is None:
         click.echo(

@@ -3,8 +3,8 @@
     x [N, T, D] → LayerNorm → · class embedding [C, D] → rank, label logit, logsumexp, top-k
 
 The logits, [N, T, C], are never held as a whole. `class_scores_reference` is the specification,
-`class_scores_triton` the fused kernel for GPUs, `class_scores_amx` that for bfloat16 on CPUs with
-AMX, `class_scores_torch` chunked products whose reductions are eager or compiled.
+`class_scores_triton` the fused kernel for GPUs, `class_scores_amx` that for CPUs with AMX,
+`class_scores_torch` chunked products whose reductions are eager or compiled.
 
 Shape letters: N images, T tokens, D width, C classes, K top classes.
 """
@@ -62,7 +62,7 @@ def class_scores(
         topk: how many top classes to keep, 0 to C.
         logsumexp: whether to compute it; it costs one exponential a logit.
         impl: "triton" (GPU; under ``TRITON_INTERPRET=1`` also CPU), "torch" (any device),
-            "compiled" (the same, its reductions compiled), "amx" (bfloat16 on a CPU, see
+            "compiled" (the same, its reductions compiled), "amx" (bfloat16 or float32 on a CPU, see
             `classlens.kernels.class_scores_amx`), "reference" (all logits and a sort), or "auto",
             see `resolve_impl`. There is no fallback: what cannot run raises.
         certifier: proves or mends every rank, see `classlens.kernels.certify`; for "torch" and
