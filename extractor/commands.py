@@ -145,7 +145,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Prove every rank equal to that of exact arithmetic, or mend it.")  # fmt: skip
 @click.option("--compile/--no-compile", default=None,
               help="Have torch.compile fuse the forward pass and the reductions; a CPU needs a C++ "
-              "compiler. A CPU with AMX has kernels of its own instead, unless --no-compile.  [default: on a CPU, from 3,000 images]")  # fmt: skip
+              "compiler. A CPU with AMX has kernels of its own instead, unless --no-compile.  "
+              "[default: on a CPU, from 3,000 images]")  # fmt: skip
 @click.option("--cuda-graph", is_flag=True, help="Launch each batch on a GPU as one graph.")
 @click.option("--decoder", type=click.Choice(["simplejpeg", "pil"]), default="simplejpeg",
               show_default=True,
