@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # Of the ranks of a batch scored twice, in batches of different sizes.
 MOST_UNEQUAL = 0.02
-# Whole batches, and several units: one is committed while the next is scored, as in a long run.
-SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 64, 512
+# Whole batches, and with more images several units: one is committed while the next is scored.
+SHARD_IMAGES_CPU, SHARD_IMAGES_GPU = 128, 512
 
 
 @click.command()

@@ -1,9 +1,9 @@
 // Products in the tile registers of CPUs with AMX, which multiply bfloat16 and add up float32, for
 // the C++ kernels beside it.
 //
-// A value of type T is held as PARTS<T> values in bfloat16: bfloat16 (uint16_t) as itself, float32 as
-// three of which it is the sum, each the rest of those before it, rounded. Of the nine products of
-// the parts of two float32 values the six larger are added up; the others are below 2^-23 of the
+// A value of type T is held as PARTS<T> values in bfloat16: bfloat16 (uint16_t) as itself, float32
+// as three of which it is the sum, each the rest of those before it, rounded. Of the nine products
+// of the parts of two float32 values the six larger are added up; the others are below 2^-23 of the
 // whole [Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for
 // higher-precision computations"].
 //
@@ -91,8 +91,8 @@ int64_t place_in_tiles(int64_t m, int64_t d, int64_t depth) {
     } while (false)
 
 // out[m * stride + c]: the products of so many rows, a multiple of 32, with the columns of a panel;
-// added to what is there if `adds`. meanwhile(): called PRODUCTS times for every 32 rows and 32 values of the depth; what it does in
-// vector registers takes no time of the tile registers.
+// added to what is there if `adds`. meanwhile(): called PRODUCTS times for every 32 rows and 32
+// values of the depth; what it does in vector registers takes no time of the tile registers.
 template <typename T, typename Meanwhile>
 void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
                     float* out, int64_t stride, bool adds, Meanwhile&& meanwhile) {

@@ -81,7 +81,8 @@ Values<T> scaled(const Values<T>& values, const float* by) {
 template <typename T>
 void pair_to_panel(__m512 even, __m512 odd, uint16_t* place) {
     for (int part = 0; part < PARTS<T>; ++part) {
-        const __m256i low = (__m256i)_mm512_cvtneps_pbh(even), high = (__m256i)_mm512_cvtneps_pbh(odd);
+        const __m256i low = (__m256i)_mm512_cvtneps_pbh(even);
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh(odd);
         _mm512_store_si512(place + 2 * part * TILE_VALUES,
                            _mm512_or_si512(_mm512_cvtepu16_epi32(low),
                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));

@@ -1,8 +1,8 @@
 // Class scoring of rows that lie in tiles, for the C++ kernels beside it: projection, rank, label
 // logit, logsumexp and top classes.
 //
-// The rows' logits stay in the second-level cache until the same thread has reduced them; the label's
-// logit is one of them, so no other sum can disagree with it.
+// The rows' logits stay in the second-level cache until the same thread has reduced them; that of
+// the label is one of them, so no other sum can disagree with it.
 //
 // Letters: N images, S streams, T tokens, D width, C classes, K top classes.
 

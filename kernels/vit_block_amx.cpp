@@ -46,7 +46,7 @@ struct Tail {
 
 }  // extern "C"
 
-// What follows attention. attn, mid, keys and mlp may be null; scales, [D], too. The streams' places
+// What follows attention. attn, mid, keys and mlp may be null; scales, [D], too. Places of streams
 // in `scoring` are negative if they are not scored.
 template <typename T>
 struct AfterAttention {
@@ -128,8 +128,9 @@ void pack_normalised(const Value& value, int rows, const Norm& norm, uint16_t* t
         const float variance = _mm512_reduce_add_ps(squares) / width;
         const __m512 rstd = _mm512_set1_ps(1.0f / std::sqrt(variance + norm.eps));
         const auto normalised = [&](__m512 x, int64_t d) {
-            return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(x, mean), rstd),
-                                   _mm512_loadu_ps(norm.weight + d), _mm512_loadu_ps(norm.bias + d));
+            const __m512 weight = _mm512_loadu_ps(norm.weight + d);
+            const __m512 bias = _mm512_loadu_ps(norm.bias + d);
+            return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_sub_ps(x, mean), rstd), weight, bias);
         };
         for (int64_t d = 0; d < norm.width; d += PANEL) {
             const Values<T> x = value(m, d);
@@ -210,7 +211,7 @@ void add_up(const uint16_t* tiles, int rows, const Panels& panels, const Sums& s
 
 // Calls work(first, count) for every BLOCK rows, on threads whose tiles are configured. `make` is
 // called once a thread and returns `work`.
-template <typename T, typename Make>
+template <typename Make>
 void on_blocks(int64_t rows, int64_t threads, const Make& make) {
     on_threads(threads, [&](auto next) {
         const Tiles configured;
@@ -307,7 +308,7 @@ float pack_softmax(const float* scores, int64_t tokens, int64_t padded, float sc
 template <typename T>
 void queries_keys_values(const T* x, int64_t rows, const Norm& norm, const Linear& linear,
                          int64_t head_width, int64_t threads, T* y) {
-    on_blocks<T>(rows, threads, [&] {
+    on_blocks(rows, threads, [&] {
         return [&, tiles = buffer<uint16_t>(PARTS<T> * BLOCK * linear.in),
                 space = buffer<float>(2 * BLOCK * PANEL)](int64_t first, int count) {
             const auto row = [&](int m, int64_t d) {
@@ -346,8 +347,8 @@ void attention(const T* qkv, int64_t images, int64_t tokens, int64_t heads, int6
                 const int count = static_cast<int>(std::min<int64_t>(PANEL, tokens - first));
                 pack_rows(query + first * depth, count, PANEL, depth, queries.get());
                 for (int64_t t = 0; t < padded; t += PANEL)
-                    multiply_panel<T>(queries.get(), PANEL, keys.get() + PARTS<T> * t * depth, depth,
-                                      scores.get() + t, padded);
+                    multiply_panel<T>(queries.get(), PANEL, keys.get() + PARTS<T> * t * depth,
+                                      depth, scores.get() + t, padded);
                 float shares[PANEL];
                 for (int m = 0; m < count; ++m)
                     shares[m] = 1.0f / pack_softmax<T>(scores.get() + m * padded, tokens, padded,
@@ -370,7 +371,7 @@ void attention(const T* qkv, int64_t images, int64_t tokens, int64_t heads, int6
 }
 
 // attn = proj(heads), mid = x + attn, keys = fc1(norm(mid)), mlp = fc2(GELU(keys)),
-// resid = mid + mlp; attn and mlp times their scales. Streams are scored while they lie in the cache.
+// resid = mid + mlp; attn and mlp times their scales. Streams are scored as they lie in the cache.
 template <typename T>
 void after_attention(const AfterAttention<T>& a, int64_t threads) {
     const int64_t width = a.norm->width, neurons = a.fc1->out;
@@ -378,7 +379,7 @@ void after_attention(const AfterAttention<T>& a, int64_t threads) {
     const auto tiles_of = [](int64_t columns) {
         return buffer<uint16_t>(PARTS<T> * BLOCK * columns);
     };
-    on_blocks<T>(a.rows, threads, [&] {
+    on_blocks(a.rows, threads, [&] {
         // `tiles` has what enters proj, then fc1, then the output of fc2; `stream` x, mid, resid.
         return [&, gelu = Gelu<GELU_DEGREE<T>>(*a.tail),
                 tiles = tiles_of(std::max(a.proj->in, width)), stream = tiles_of(width),
