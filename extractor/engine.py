@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from classlens.extractor.prepare import Prepared
 
 CPU_BATCH, LARGEST_GPU_BATCH = 32, 512
+# Of <malloc.h>; and the largest number that mallopt takes.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT_BYTES = -1, -3, 2**31 - 1
 # Compiling takes a CPU about a minute, which fewer images do not give back.
 COMPILE_FROM_IMAGES = 3000
 
@@ -50,6 +54,8 @@ def make_engine(prepared: Prepared) -> Engine:
         ModelError: the class space does not fit the dtype, or not one image fits the device.
     """
     config = prepared.config
+    if config.on_cpu:
+        keep_freed_memory()
     scorer = make_scorer(prepared)
     batch_size = config.batch_size
     if batch_size is None:
@@ -58,6 +64,18 @@ def make_engine(prepared: Prepared) -> Engine:
         input_size = prepared.subject.geometry.input_size
         return Engine(CapturedScorer(scorer, batch_size, input_size), batch_size)
     return Engine(scorer, batch_size)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors for the next ones, for the life of the process.
+
+    Blocks of more than 32 MiB it would give back to the system at once, which hands out zeroed
+    pages anew for each activation. Without effect where the C library is another.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(threshold, KEPT_BYTES)
 
 
 def make_scorer(prepared: Prepared) -> Scorer:
