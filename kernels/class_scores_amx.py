@@ -27,6 +27,7 @@ class ClassScoring(ctypes.Structure):
     """What the kernels score by, and where they put the scores of a batch's streams.
 
     Attributes:
+        space: bfloat16 or float32 on a CPU.
         scores: [N, S·T], the streams one after another.
     """
 
@@ -49,6 +50,7 @@ class ClassScoring(ctypes.Structure):
         topk: int,
         logsumexp: bool = True,
     ) -> None:
+        self.space = space
         if space not in _packed:
             _packed[space] = pack_panels(space.weight_CD)
         self._inputs = _packed[space], space.bias_C.contiguous(), labels.int().contiguous()

@@ -121,7 +121,12 @@ class VitBlockAmx:
 
         scored: the streams of ``scoring``, among ``STREAMS``, in their order there. Its scores are
         those of `classlens.kernels.class_scores_amx.class_scores_amx`, bit for bit.
+
+        Raises:
+            ValueError: dtype or width of the activations or of the class space is not the block's.
         """
+        if scoring is not None:
+            self._checked(scoring.space.weight_CD, self._norm2.width)
         x, heads = self._checked(x, self._norm2.width), self._checked(heads, self._proj.depth)
         width, hidden_width = self._norm2.width, self._fc1.columns
         widths = {"attn": width, "mid": width, "key_mlp": hidden_width, "mlp": width}

@@ -320,3 +320,15 @@ def test_what_is_not_of_the_dtype_and_width_is_refused(block: VitBlockAmx) -> No
     for x in (inputs(1, 2, block.dtype).double(), inputs(1, 2, block.dtype)[..., :64]):
         with pytest.raises(ValueError, match=f"width 96 takes {block.dtype} on a CPU, not"):
             block.qkv(x)
+
+
+@needs_amx
+def test_a_class_space_of_another_dtype_or_width_is_refused(block: VitBlockAmx) -> None:
+    x = inputs(1, 2, block.dtype)
+    heads, labels = block.attention(block.qkv(x)), torch.tensor([3])
+    other = FLOAT32 if block.dtype == BFLOAT16 else BFLOAT16
+    for dtype, width in ((other, WIDTH), (block.dtype, 2 * WIDTH)):
+        space = exact_space(40, width, dtype, bias=True)
+        scoring = ClassScoring(space, labels, streams=1, tokens=2, topk=1)
+        with pytest.raises(ValueError, match="width 96 takes"):
+            block.after_attention(x, heads, scoring=scoring, scored=("resid",))
