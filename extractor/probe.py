@@ -31,8 +31,9 @@ from classlens.kernels.class_scores_torch import (
     ROWS_PER_CHUNK,
     ROWS_PER_CHUNK_CUDA,
     empty_scores,
+    mark_invalid,
+    row_chunks,
     store_scores,
-    token_chunks,
 )
 from classlens.kernels.reductions import EagerReductions
 from classlens.kernels.reference import ClassScores
@@ -154,7 +155,7 @@ class SiteStatistics:
                 "some training image; probe in --dtype float32 or bfloat16."
             )
         images = class_images.sum()
-        for tokens in token_chunks(self.part.count, TOKENS_SOLVED_AT_ONCE):
+        for tokens in row_chunks(slice(0, self.part.count), TOKENS_SOLVED_AT_ONCE):
             sum_tD = self._sum_tD[tokens]
             mean_tD = sum_tD / images
             matrix_tDD = self._squares_tDD[tokens]
@@ -208,26 +209,25 @@ class SiteProbe:
             arrays [N, t, …], float32; a token that is not finite has rank C and NaN.
         """
         x_tND = x[:, self.part.tokens].transpose(0, 1).float() - self.mean_tD[:, None]
-        images, classes = x_tND.shape[1], len(mean.relative_C)
-        out = empty_scores(x_tND.shape[:2], topk, True, torch.float32, x.device)  # token by token
+        tokens, images, _ = x_tND.shape
+        classes = len(mean.relative_C)
+        out = empty_scores((tokens * images,), topk, True, torch.float32, x.device)
         reduce = EagerReductions(classes, torch.float32, x.device)
-        rows = ROWS_PER_CHUNK_CUDA if x.is_cuda else ROWS_PER_CHUNK
-        for tokens in token_chunks(self.part.count, max(1, rows // images)):
-            part_tND = x_tND[tokens]
-            count = len(part_tND)
-            products_MC = reduce.buffer(count * images)
-            weight_tDC = self.weight_tCD[tokens].transpose(1, 2)
-            torch.bmm(part_tND, weight_tDC, out=products_MC.view(count, images, classes))
+        at_once = ROWS_PER_CHUNK_CUDA if x.is_cuda else ROWS_PER_CHUNK
+        for part in row_chunks(slice(0, tokens), max(1, at_once // images)):
+            products_tNC = torch.bmm(x_tND[part], self.weight_tCD[part].transpose(1, 2))
+            products_MC = products_tNC.flatten(0, 1)
             reduced = reduce(
                 products_MC,
                 products_MC.new_ones(len(products_MC), 1),
                 mean.relative_C,
-                labels.repeat(count)[:, None],
+                labels.repeat(part.stop - part.start)[:, None],
                 topk=topk,
                 logsumexp=True,
             )
-            finite_M = torch.isfinite(part_tND.sum(dim=2)).flatten()
-            store_scores(out, tokens, slice(None), finite_M, classes, reduced)
+            store_scores(out, slice(part.start * images, part.stop * images), reduced)
+        mark_invalid(out, torch.isfinite(x_tND.sum(dim=2)).flatten(), classes)
+        out = out.unflatten((tokens, images))
         assert out.logsumexp is not None
         return ClassScores(
             out.rank.T,

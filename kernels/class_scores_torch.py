@@ -1,9 +1,10 @@
 """Class scoring by chunked matrix products, for CPU and as a rival to the fused kernel on a GPU.
 
-The logits of the whole input are never held: rows go through in chunks whose logits stay in the
-cache between the passes over them.
+The logits of the whole input are never held: rows are projected in chunks, and on a CPU reduced in
+parts of these that stay in the cache between the passes over them.
 
-Shape letters: N images, T tokens, D width, C classes, K top classes, M rows of a chunk.
+Shape letters: N images, T tokens, R = N·T rows, D width, C classes, K top classes, M rows of a
+chunk or part.
 """
 
 from collections.abc import Iterator
@@ -18,14 +19,18 @@ from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reductions import CompiledReductions, EagerReductions, Reduced, compiled
 from classlens.kernels.reference import ClassScores, compute_dtype, row_variance
 
-# 1024 × 1000 float32 logits are 4 MB; on a GPU a chunk must fill the machine.
+# So many that packing the weight for a product hardly counts; on a GPU a product must fill the
+# machine.
 ROWS_PER_CHUNK = 1024
 ROWS_PER_CHUNK_CUDA = 8192
-# With very many classes fewer rows, for two buffers of logits are held, on a CPU of 268 MB at most.
+# With very many classes fewer rows, for their logits are held, on a CPU 134 MB at most.
 # Not sooner: with 21,841 classes a CPU takes twice as long in chunks of 128 rows as of 1024.
 VALUES_PER_CHUNK = 1 << 25
 VALUES_PER_CHUNK_CUDA = 1 << 28
 LEAST_ROWS = 128
+# Logits that a CPU reduces at once, in two buffers of 2 MB: they stay in the second caches of two
+# cores between one operation and the next.
+VALUES_IN_CACHE = 1 << 19
 
 
 def class_scores_torch(
@@ -40,41 +45,43 @@ def class_scores_torch(
 ) -> ClassScores:
     """`classlens.kernels.class_scores.class_scores`, its arguments already checked."""
     dtype = compute_dtype(x.dtype)
-    out = empty_scores(x.shape[:2], topk, logsumexp, dtype, x.device)
+    x_RD = x.flatten(0, 1)
+    out = empty_scores(x_RD.shape[:1], topk, logsumexp, dtype, x.device)
     weight_CD = space.weight_CD if x.is_cuda else space.weight_CD.to(dtype)
     rounded = not x.is_cuda and x.dtype == space.weight_CD.dtype == torch.bfloat16
     bias_C = space.bias_C.to(dtype)
     in_range_N = (labels >= 0) & (labels < space.num_classes)
-    labels_N = labels.long().where(in_range_N, 0)
-    recomputed_NT = out.rank.bool().zero_() if certifier is not None else None
+    labels_R1 = labels.long().where(in_range_N, 0).repeat_interleave(x.shape[1])[:, None]
+    valid_R = in_range_N.repeat_interleave(x.shape[1])
+    if certifier is not None:
+        out = out._replace(recomputed=torch.empty_like(valid_R))
     eager = EagerReductions(space.num_classes, dtype, x.device)
     reduce = CompiledReductions() if compile else eager
     statistics = compiled(row_rstd) if compile else row_rstd
-    for images, tokens in _chunks(x, rows_per_chunk(space.num_classes, x.device)):
-        x_MD = x[images, tokens].flatten(0, 1)
-        if not x.is_cuda:  # once, for statistics and product
-            x_MD = x_MD.to(dtype)
-        repeats = tokens.stop - tokens.start
-        labels_M1 = labels_N[images].repeat_interleave(repeats)[:, None]
-        rstd_M1, valid_M = statistics(x_MD, space.eps)
-        valid_M &= in_range_N[images].repeat_interleave(repeats)
+    projected = rows_projected_at_once(space.num_classes, x.device)
+    reduced_at_once = projected if compile or x.is_cuda else rows_in_cache(space.num_classes)
+    for chunk in row_chunks(slice(0, len(x_RD)), projected):
+        x_MD = x_RD[chunk] if x.is_cuda else x_RD[chunk].to(dtype)
         with bfloat16_products() if rounded else nullcontext():
-            products_MC = _project(x_MD, weight_CD, eager.buffer(len(x_MD)))
-        exact = None
-        if certifier is not None and recomputed_NT is not None:
-            exact, open_M = certifier.ranks(x_MD, products_MC, rstd_M1, labels_M1, valid_M)
-            recomputed_NT[images, tokens] = open_M.view(-1, repeats)
-        reduced = reduce(products_MC, rstd_M1, bias_C, labels_M1, topk=topk, logsumexp=logsumexp)
-        if exact is not None:
-            reduced = reduced._replace(rank=exact)
-        store_scores(out, images, tokens, valid_M, space.num_classes, reduced)
-    return out._replace(recomputed=recomputed_NT)
+            products_MC = _project(x_MD, weight_CD, dtype)
+        for rows in row_chunks(chunk, reduced_at_once):
+            part = slice(rows.start - chunk.start, rows.stop - chunk.start)
+            rstd_M1, finite_M = statistics(x_MD[part], space.eps)
+            valid_R[rows] &= finite_M
+            known = products_MC[part], rstd_M1, bias_C, labels_R1[rows]
+            store_scores(out, rows, reduce(*known, topk=topk, logsumexp=logsumexp))
+            if certifier is not None and out.recomputed is not None:
+                out.rank[rows], out.recomputed[rows] = certifier.ranks(
+                    x_MD[part], products_MC[part], rstd_M1, labels_R1[rows], valid_R[rows]
+                )
+    mark_invalid(out, valid_R, space.num_classes)
+    return out.unflatten(x.shape[:2])
 
 
 def empty_scores(
     shape: tuple[int, ...], topk: int, logsumexp: bool, dtype: torch.dtype, device: torch.device
 ) -> ClassScores:
-    """Uninitialised results of ``shape``, [N, T]."""
+    """Uninitialised results of ``shape``, [N, T] or rows."""
     return ClassScores(
         rank=torch.empty(shape, dtype=torch.int32, device=device),
         label_logit=torch.empty(shape, dtype=dtype, device=device),
@@ -83,25 +90,23 @@ def empty_scores(
     )
 
 
-def store_scores(
-    out: ClassScores,
-    images: slice,
-    tokens: slice,
-    valid_M: Bool[Tensor, " M"],
-    num_classes: int,
-    reduced: Reduced,
-) -> None:
-    """Write the rows of ``[images, tokens]`` into ``out``, the invalid ones marked as such."""
-    where = images, tokens
-    shape = out.rank[where].shape
-    invalid_M = ~valid_M
-    nan = float("nan")
-    out.rank[where] = reduced.rank.masked_fill(invalid_M, num_classes).view(shape)
-    out.label_logit[where] = reduced.label_logit.masked_fill(invalid_M, nan).view(shape)
+def store_scores(out: ClassScores, rows: slice, reduced: Reduced) -> None:
+    """Put the results of some rows into ``out``, of shape [R]."""
+    out.rank[rows] = reduced.rank
+    out.label_logit[rows] = reduced.label_logit
     if out.logsumexp is not None and reduced.logsumexp is not None:
-        out.logsumexp[where] = reduced.logsumexp.masked_fill(invalid_M, nan).view(shape)
-    topk_MK = reduced.topk.masked_fill(invalid_M[:, None], num_classes)
-    out.topk[where] = topk_MK.unflatten(0, shape)
+        out.logsumexp[rows] = reduced.logsumexp
+    out.topk[rows] = reduced.topk
+
+
+def mark_invalid(out: ClassScores, valid_R: Bool[Tensor, " R"], num_classes: int) -> None:
+    """Give rows that are not valid the values which say so, in place; ``out`` is of shape [R]."""
+    invalid_R = ~valid_R
+    out.rank.masked_fill_(invalid_R, num_classes)
+    out.label_logit.masked_fill_(invalid_R, float("nan"))
+    if out.logsumexp is not None:
+        out.logsumexp.masked_fill_(invalid_R, float("nan"))
+    out.topk.masked_fill_(invalid_R[:, None], num_classes)
 
 
 def row_rstd(
@@ -112,8 +117,8 @@ def row_rstd(
     return torch.rsqrt(var_M1 + eps), torch.isfinite(var_M1[:, 0])
 
 
-def rows_per_chunk(num_classes: int, device: torch.device) -> int:
-    """How many rows are projected at a time."""
+def rows_projected_at_once(num_classes: int, device: torch.device) -> int:
+    """How many rows a product has."""
     if device.type == "cuda":
         rows, values = ROWS_PER_CHUNK_CUDA, VALUES_PER_CHUNK_CUDA
     else:
@@ -121,22 +126,17 @@ def rows_per_chunk(num_classes: int, device: torch.device) -> int:
     return min(rows, max(LEAST_ROWS, values // num_classes))
 
 
-def _chunks(x: Float[Tensor, "N T D"], rows: int) -> Iterator[tuple[slice, slice]]:
-    """(images, tokens) blocks of about ``rows`` rows: whole images, or parts of one."""
-    n_images, n_tokens, _ = x.shape
-    if not n_images * n_tokens:
-        return
-    images_per_chunk = max(1, rows // n_tokens)
-    for n in range(0, n_images, images_per_chunk):
-        for tokens in token_chunks(n_tokens, rows):
-            yield slice(n, min(n + images_per_chunk, n_images)), tokens
+def rows_in_cache(num_classes: int) -> int:
+    """How many rows of a CPU's product are reduced before the next ones."""
+    return max(1, VALUES_IN_CACHE // num_classes)
 
 
-def token_chunks(n_tokens: int, rows: int) -> Iterator[slice]:
-    """Cut ``n_tokens`` into equal parts of at most ``rows``."""
-    parts = -(-n_tokens // rows)
+def row_chunks(rows: slice, at_once: int) -> Iterator[slice]:
+    """Cut ``rows`` into parts of about the same length, at most ``at_once``."""
+    count = rows.stop - rows.start
+    parts = -(-count // at_once)
     for part in range(parts):
-        yield slice(part * n_tokens // parts, (part + 1) * n_tokens // parts)
+        yield slice(rows.start + part * count // parts, rows.start + (part + 1) * count // parts)
 
 
 @contextmanager
@@ -157,11 +157,9 @@ def bfloat16_products() -> Iterator[None]:
 
 
 def _project(
-    x_MD: Float[Tensor, "M D"],
-    weight_CD: Float[Tensor, "C D"],
-    out: Float[Tensor, "M C"],
+    x_MD: Float[Tensor, "M D"], weight_CD: Float[Tensor, "C D"], dtype: torch.dtype
 ) -> Float[Tensor, "M C"]:
-    """``x · weightᵀ`` with the accumulator's full precision, in ``out`` or a new tensor."""
-    if x_MD.is_cuda and x_MD.dtype != out.dtype:
-        return torch.mm(x_MD, weight_CD.T, out_dtype=out.dtype)
-    return torch.mm(x_MD, weight_CD.T, out=out)
+    """``x · weightᵀ`` in ``dtype``, with the accumulator's full precision."""
+    if x_MD.dtype != dtype:  # on a GPU
+        return torch.mm(x_MD, weight_CD.T, out_dtype=dtype)
+    return torch.mm(x_MD, weight_CD.T)

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from classlens.kernels import cpp
 
+# exp(±64) times or by as many classes as memory holds is far from the ends of float32, and terms
+# below exp(-64 - 17) are lost beside the largest anyway.
+UNSHIFTED = 64.0
+
 
 class Reduced(NamedTuple):
-    """Results of the rows of a chunk, as `classlens.kernels.reference.ClassScores` has them."""
+    """Results of some rows, as `classlens.kernels.reference.ClassScores` has them."""
 
     rank: Int[Tensor, " M"]
     label_logit: Float[Tensor, " M"]
@@ -24,7 +28,7 @@ class Reduced(NamedTuple):
 
 
 class Reductions(Protocol):
-    """``products · rstd + bias``, reduced. May overwrite the products."""
+    """``products · rstd + bias``, reduced."""
 
     def __call__(
         self,
@@ -62,23 +66,19 @@ class EagerReductions:
         topk: int,
         logsumexp: bool,
     ) -> Reduced:
-        values_MC = self.buffer(len(products_MC))
-        torch.addcmul(bias_C, products_MC, rstd_M1, out=values_MC)
+        rows = len(products_MC)
+        if rows > len(self._values):
+            self._values = self._values.new_empty(rows, self.num_classes)
+            self._other = torch.empty_like(self._values)
+        values_MC = torch.addcmul(bias_C, products_MC, rstd_M1, out=self._values[:rows])
         label_M1 = values_MC.gather(1, labels_M1)
         peak_M1 = values_MC.amax(dim=1, keepdim=True)
         return Reduced(
             rank=self._rank(values_MC, label_M1, labels_M1),
             label_logit=label_M1[:, 0],
             logsumexp=self._logsumexp(values_MC, peak_M1) if logsumexp else None,
-            topk=self.topk_(values_MC, peak_M1, topk),  # last: it overwrites the values
+            topk=self._topk(values_MC, peak_M1, topk),  # last: it overwrites the values
         )
-
-    def buffer(self, rows: int) -> Float[Tensor, "M C"]:
-        """Where the products of ``rows`` rows may be put; its content is undefined."""
-        if rows > len(self._values):
-            self._values = self._values.new_empty(rows, self.num_classes)
-            self._other = torch.empty_like(self._values)
-        return self._values[:rows]
 
     def _rank(
         self,
@@ -101,10 +101,15 @@ class EagerReductions:
     def _logsumexp(
         self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"]
     ) -> Float[Tensor, " M"]:
-        exp_MC = torch.sub(values_MC, peak_M1, out=self._other[: len(values_MC)]).exp_()
+        exp_MC = self._other[: len(values_MC)]
+        # The peak is subtracted only where exponentials or their sum leave the range of float32;
+        # to look would wait for a GPU.
+        if not values_MC.is_cuda and peak_M1.abs().amax() < UNSHIFTED:
+            return torch.exp(values_MC, out=exp_MC).sum(dim=1).log_()
+        torch.sub(values_MC, peak_M1, out=exp_MC).exp_()
         return peak_M1[:, 0] + exp_MC.sum(dim=1).log_()
 
-    def topk_(
+    def _topk(
         self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"], k: int
     ) -> Int[Tensor, "M K"]:
         """The ``k`` first classes in order, ties to the lower; overwrites ``values`` if k > 1.

@@ -34,6 +34,16 @@ class ClassScores(NamedTuple):
     topk: Int[Tensor, "N T K"]
     recomputed: Bool[Tensor, "N T"] | None = None
 
+    def unflatten(self, shape: tuple[int, ...]) -> "ClassScores":
+        """Results of rows, [R] and [R, K], seen as those of ``shape``."""
+        return ClassScores(
+            self.rank.unflatten(0, shape),
+            self.label_logit.unflatten(0, shape),
+            None if self.logsumexp is None else self.logsumexp.unflatten(0, shape),
+            self.topk.unflatten(0, shape),
+            None if self.recomputed is None else self.recomputed.unflatten(0, shape),
+        )
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which inputs of ``dtype`` are normalised and accumulated."""

@@ -51,4 +51,4 @@ def test_certified_ranks_are_exact() -> None:
     ("classes", "rows"), [(1, 1024), (32_768, 1024), (32_769, 1023), (WIDE, 479), (10**6, 128)]
 )
 def test_very_many_classes_take_fewer_rows_at_a_time(classes: int, rows: int) -> None:
-    assert class_scores_torch.rows_per_chunk(classes, torch.device("cpu")) == rows
+    assert class_scores_torch.rows_projected_at_once(classes, torch.device("cpu")) == rows
