@@ -16,21 +16,24 @@ from torch import Tensor
 
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_space import ClassSpace
-from classlens.kernels.reductions import CompiledReductions, EagerReductions, Reduced, compiled
+from classlens.kernels.reductions import (
+    CompiledReductions,
+    EagerReductions,
+    Reduced,
+    compiled,
+    even_parts,
+)
 from classlens.kernels.reference import ClassScores, compute_dtype, row_variance
 
 # So many that packing the weight for a product hardly counts; on a GPU a product must fill the
 # machine.
-ROWS_PER_CHUNK = 1024
+ROWS_PER_CHUNK = 2048
 ROWS_PER_CHUNK_CUDA = 8192
 # With very many classes fewer rows, for their logits are held, on a CPU 134 MB at most.
 # Not sooner: with 21,841 classes a CPU takes twice as long in chunks of 128 rows as of 1024.
 VALUES_PER_CHUNK = 1 << 25
 VALUES_PER_CHUNK_CUDA = 1 << 28
 LEAST_ROWS = 128
-# Logits that a CPU reduces at once, in two buffers of 2 MB: they stay in the second caches of two
-# cores between one operation and the next.
-VALUES_IN_CACHE = 1 << 19
 
 
 def class_scores_torch(
@@ -58,22 +61,20 @@ def class_scores_torch(
     eager = EagerReductions(space.num_classes, dtype, x.device)
     reduce = CompiledReductions() if compile else eager
     statistics = compiled(row_rstd) if compile else row_rstd
-    projected = rows_projected_at_once(space.num_classes, x.device)
-    reduced_at_once = projected if compile or x.is_cuda else rows_in_cache(space.num_classes)
-    for chunk in row_chunks(slice(0, len(x_RD)), projected):
-        x_MD = x_RD[chunk] if x.is_cuda else x_RD[chunk].to(dtype)
+    for rows in even_parts(len(x_RD), rows_per_chunk(space.num_classes, x.device)):
+        x_MD = x_RD[rows] if x.is_cuda else x_RD[rows].to(dtype)
+        rstd_M1, finite_M = statistics(x_MD, space.eps)
+        valid_R[rows] &= finite_M
         with bfloat16_products() if rounded else nullcontext():
             products_MC = _project(x_MD, weight_CD, dtype)
-        for rows in row_chunks(chunk, reduced_at_once):
-            part = slice(rows.start - chunk.start, rows.stop - chunk.start)
-            rstd_M1, finite_M = statistics(x_MD[part], space.eps)
-            valid_R[rows] &= finite_M
-            known = products_MC[part], rstd_M1, bias_C, labels_R1[rows]
-            store_scores(out, rows, reduce(*known, topk=topk, logsumexp=logsumexp))
-            if certifier is not None and out.recomputed is not None:
-                out.rank[rows], out.recomputed[rows] = certifier.ranks(
-                    x_MD[part], products_MC[part], rstd_M1, labels_R1[rows], valid_R[rows]
-                )
+        reduced = reduce(
+            products_MC, rstd_M1, bias_C, labels_R1[rows], topk=topk, logsumexp=logsumexp
+        )
+        store_scores(out, rows, reduced)
+        if certifier is not None and out.recomputed is not None:
+            out.rank[rows], out.recomputed[rows] = certifier.ranks(
+                x_MD, products_MC, rstd_M1, labels_R1[rows], valid_R[rows]
+            )
     mark_invalid(out, valid_R, space.num_classes)
     return out.unflatten(x.shape[:2])
 
@@ -117,26 +118,13 @@ def row_rstd(
     return torch.rsqrt(var_M1 + eps), torch.isfinite(var_M1[:, 0])
 
 
-def rows_projected_at_once(num_classes: int, device: torch.device) -> int:
-    """How many rows a product has."""
+def rows_per_chunk(num_classes: int, device: torch.device) -> int:
+    """How many rows are projected at a time."""
     if device.type == "cuda":
         rows, values = ROWS_PER_CHUNK_CUDA, VALUES_PER_CHUNK_CUDA
     else:
         rows, values = ROWS_PER_CHUNK, VALUES_PER_CHUNK
     return min(rows, max(LEAST_ROWS, values // num_classes))
-
-
-def rows_in_cache(num_classes: int) -> int:
-    """How many rows of a CPU's product are reduced before the next ones."""
-    return max(1, VALUES_IN_CACHE // num_classes)
-
-
-def row_chunks(rows: slice, at_once: int) -> Iterator[slice]:
-    """Cut ``rows`` into parts of about the same length, at most ``at_once``."""
-    count = rows.stop - rows.start
-    parts = -(-count // at_once)
-    for part in range(parts):
-        yield slice(rows.start + part * count // parts, rows.start + (part + 1) * count // parts)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Shape letters: M rows of a chunk, C classes, K top classes.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,9 @@ from classlens.kernels import cpp
 # exp(±64) times or by as many classes as memory holds is far from the ends of float32, and terms
 # below exp(-64 - 17) are lost beside the largest anyway.
 UNSHIFTED = 64.0
+# Logits that a CPU reduces at once, in two buffers of 2 MB: they stay in the second caches of two
+# cores between one operation and the next.
+VALUES_IN_CACHE = 1 << 19
 
 
 class Reduced(NamedTuple):
@@ -43,9 +46,10 @@ class Reductions(Protocol):
 
 
 class EagerReductions:
-    """One torch operation after another, in two [M, C] buffers that are reused.
+    """One torch operation after another, in two buffers that are reused.
 
-    Slower than a compiled pass and needs no compiler.
+    On a CPU over so few rows at once that both stay in the cache. Slower than a compiled pass and
+    needs no compiler.
     """
 
     def __init__(self, num_classes: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -67,66 +71,82 @@ class EagerReductions:
         logsumexp: bool,
     ) -> Reduced:
         rows = len(products_MC)
+        at_once = rows if products_MC.is_cuda else max(1, VALUES_IN_CACHE // self.num_classes)
+        # The results as floats, for the operations have results of their operands' dtype.
+        rank_M, label_M1 = products_MC.new_empty(rows), products_MC.new_empty(rows, 1)
+        lse_M = products_MC.new_empty(rows) if logsumexp else None
+        place_MK = products_MC.new_empty(rows, topk)
+        for part in even_parts(rows, at_once):
+            self._reserve(part.stop - part.start)
+            values_MC = self._values[: part.stop - part.start]
+            torch.addcmul(bias_C, products_MC[part], rstd_M1[part], out=values_MC)
+            torch.gather(values_MC, 1, labels_M1[part], out=label_M1[part])
+            self._rank(values_MC, label_M1[part], labels_M1[part], rank_M[part])
+            peak_M1 = values_MC.amax(dim=1, keepdim=True)
+            if lse_M is not None:
+                self._logsumexp(values_MC, peak_M1, lse_M[part])
+            self._topk_(values_MC, peak_M1, place_MK[part])  # last: it overwrites the values
+        return Reduced(rank_M.int(), label_M1[:, 0], lse_M, (self.num_classes - place_MK).int())
+
+    def _reserve(self, rows: int) -> None:
         if rows > len(self._values):
             self._values = self._values.new_empty(rows, self.num_classes)
             self._other = torch.empty_like(self._values)
-        values_MC = torch.addcmul(bias_C, products_MC, rstd_M1, out=self._values[:rows])
-        label_M1 = values_MC.gather(1, labels_M1)
-        peak_M1 = values_MC.amax(dim=1, keepdim=True)
-        return Reduced(
-            rank=self._rank(values_MC, label_M1, labels_M1),
-            label_logit=label_M1[:, 0],
-            logsumexp=self._logsumexp(values_MC, peak_M1) if logsumexp else None,
-            topk=self._topk(values_MC, peak_M1, topk),  # last: it overwrites the values
-        )
 
     def _rank(
         self,
         values_MC: Float[Tensor, "M C"],
         label_M1: Float[Tensor, "M 1"],
         labels_M1: Int[Tensor, "M 1"],
-    ) -> Int[Tensor, " M"]:
+        out_M: Float[Tensor, " M"],
+    ) -> None:
         if values_MC.is_cuda:  # branching on ties would wait for the GPU
             on_MC = (values_MC == label_M1) & (self._classes < labels_M1)
-            return (on_MC | (values_MC > label_M1)).sum(dim=1, dtype=torch.int32)
+            out_M.copy_((on_MC | (values_MC > label_M1)).sum(dim=1))
+            return
         # Comparisons into a float buffer are vectorised and those into bool are not.
         flags_MC = self._other[: len(values_MC)]
-        above_M = torch.gt(values_MC, label_M1, out=flags_MC).sum(dim=1)
-        tied_M = torch.ge(values_MC, label_M1, out=flags_MC).sum(dim=1) > above_M + 1
-        if tied_M.any():
+        torch.sum(torch.gt(values_MC, label_M1, out=flags_MC), dim=1, out=out_M)
+        on_M = torch.ge(values_MC, label_M1, out=flags_MC).sum(dim=1).sub_(out_M)
+        if on_M.amax() > 1:  # the label itself is one
+            tied_M = on_M > 1
             on_RC = values_MC[tied_M] == label_M1[tied_M]
-            above_M[tied_M] += (on_RC & (self._classes < labels_M1[tied_M])).sum(dim=1)
-        return above_M.int()
+            out_M[tied_M] += (on_RC & (self._classes < labels_M1[tied_M])).sum(dim=1)
 
     def _logsumexp(
-        self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"]
-    ) -> Float[Tensor, " M"]:
+        self,
+        values_MC: Float[Tensor, "M C"],
+        peak_M1: Float[Tensor, "M 1"],
+        out_M: Float[Tensor, " M"],
+    ) -> None:
         exp_MC = self._other[: len(values_MC)]
         # The peak is subtracted only where exponentials or their sum leave the range of float32;
         # to look would wait for a GPU.
         if not values_MC.is_cuda and peak_M1.abs().amax() < UNSHIFTED:
-            return torch.exp(values_MC, out=exp_MC).sum(dim=1).log_()
+            torch.sum(torch.exp(values_MC, out=exp_MC), dim=1, out=out_M).log_()
+            return
         torch.sub(values_MC, peak_M1, out=exp_MC).exp_()
-        return peak_M1[:, 0] + exp_MC.sum(dim=1).log_()
+        torch.sum(exp_MC, dim=1, out=out_M).log_().add_(peak_M1[:, 0])
 
-    def _topk(
-        self, values_MC: Float[Tensor, "M C"], peak_M1: Float[Tensor, "M 1"], k: int
-    ) -> Int[Tensor, "M K"]:
-        """The ``k`` first classes in order, ties to the lower; overwrites ``values`` if k > 1.
+    def _topk_(
+        self,
+        values_MC: Float[Tensor, "M C"],
+        peak_M1: Float[Tensor, "M 1"],
+        places_MK: Float[Tensor, "M K"],
+    ) -> None:
+        """C less each of the K first classes in order, ties to the lower, into ``places``.
 
-        ``peak`` is each row's maximum. A row of NaN gives C.
+        Overwrites ``values`` if K > 1. ``peak`` is each row's maximum. A row of NaN gives 0.
         """
-        best_MK = torch.empty(len(values_MC), k, dtype=torch.int32, device=values_MC.device)
         flags_MC = self._other[: len(values_MC)]
-        for i in range(k):
+        for i in range(places_MK.shape[1]):
             if i > 0:
-                taken_M1 = best_MK[:, i - 1 : i].long().clamp(max=self.num_classes - 1)
-                values_MC.scatter_(1, taken_M1, float("-inf"))
+                taken_M1 = self.num_classes - places_MK[:, i - 1 : i].long()
+                values_MC.scatter_(1, taken_M1.clamp_(max=self.num_classes - 1), float("-inf"))
                 peak_M1 = values_MC.amax(dim=1, keepdim=True)
             # Several times faster than argmax, which promises no order among equals besides.
             place_MC = torch.eq(values_MC, peak_M1, out=flags_MC).mul_(self._places)
-            best_MK[:, i] = self.num_classes - place_MC.amax(dim=1).int()
-        return best_MK
+            places_MK[:, i] = place_MC.amax(dim=1)
 
 
 class CompiledReductions:
@@ -144,6 +164,13 @@ class CompiledReductions:
     ) -> Reduced:
         reduce = compiled(reduce_products)
         return reduce(products_MC, rstd_M1, bias_C, labels_M1, topk, logsumexp)
+
+
+def even_parts(count: int, at_once: int) -> Iterator[slice]:
+    """Cut ``count`` rows into parts of about the same length, at most ``at_once``."""
+    parts = -(-count // at_once)
+    for part in range(parts):
+        yield slice(part * count // parts, (part + 1) * count // parts)
 
 
 def reduce_products(

@@ -13,7 +13,7 @@ from scoring_cases import (
     spoil_rows,
 )
 
-from classlens.kernels import class_scores_torch
+from classlens.kernels import class_scores_torch, reductions
 from classlens.kernels.class_scores import class_scores, resolve_impl
 from classlens.kernels.class_space import ClassSpace
 
@@ -37,8 +37,12 @@ def test_exact_on_small_integers(
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 40, 10_000])  # parts of an image, 2 images, all
-def test_chunks_do_not_show(rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values_in_cache", [1, 30, 1 << 19])  # a row, three rows, all
+def test_chunks_do_not_show(
+    rows_per_chunk: int, values_in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(class_scores_torch, "ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr(reductions, "VALUES_IN_CACHE", values_in_cache)
     x, labels = exact_x(3, 17, 6, torch.float32), exact_labels(10)
     space = exact_space(10, 6, torch.float32, bias=True)
     actual = class_scores(x, space, labels, topk=3)

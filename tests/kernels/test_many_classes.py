@@ -45,10 +45,10 @@ def test_certified_ranks_are_exact() -> None:
     assert torch.equal(actual.rank, judged_ranks(x, exact, labels))
 
 
-# Up to 32,768 classes a chunk has all its rows; beyond, its buffers stop growing until a product of
+# Up to 16,384 classes a chunk has all its rows; beyond, its buffers stop growing until a product of
 # so few rows would only read the weight.
 @pytest.mark.parametrize(
-    ("classes", "rows"), [(1, 1024), (32_768, 1024), (32_769, 1023), (WIDE, 479), (10**6, 128)]
+    ("classes", "rows"), [(1, 2048), (16_384, 2048), (16_385, 2047), (WIDE, 479), (10**6, 128)]
 )
 def test_very_many_classes_take_fewer_rows_at_a_time(classes: int, rows: int) -> None:
-    assert class_scores_torch.rows_projected_at_once(classes, torch.device("cpu")) == rows
+    assert class_scores_torch.rows_per_chunk(classes, torch.device("cpu")) == rows
