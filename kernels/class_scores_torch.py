@@ -58,8 +58,9 @@ def class_scores_torch(
     valid_R = in_range_N.repeat_interleave(x.shape[1])
     if certifier is not None:
         out = out._replace(recomputed=torch.empty_like(valid_R))
-    eager = EagerReductions(space.num_classes, dtype, x.device)
-    reduce = CompiledReductions() if compile else eager
+    reduce = (
+        CompiledReductions() if compile else EagerReductions(space.num_classes, dtype, x.device)
+    )
     statistics = compiled(row_rstd) if compile else row_rstd
     for rows in even_parts(len(x_RD), rows_per_chunk(space.num_classes, x.device)):
         x_MD = x_RD[rows] if x.is_cuda else x_RD[rows].to(dtype)

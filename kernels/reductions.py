@@ -13,8 +13,8 @@ from torch import Tensor
 
 from classlens.kernels import cpp
 
-# exp(±64) times or by as many classes as memory holds is far from the ends of float32, and terms
-# below exp(-64 - 17) are lost beside the largest anyway.
+# Exponentials of ±64 are far from the ends of float32, as are sums over any number of classes, and
+# terms below exp(-64 - 17) are lost beside the largest anyway.
 UNSHIFTED = 64.0
 # Logits that a CPU reduces at once, in two buffers of 2 MB: they stay in the second caches of two
 # cores between one operation and the next.
