@@ -8,6 +8,7 @@ two processes from working on one unit, but nothing depends on them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,10 +16,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from classlens.extractor.errors import StoreError
 from classlens.extractor.schema import STAGING_DIR, ledger_file
@@ -143,19 +144,17 @@ def lease(store: Path, unit: int) -> Iterator[Path | None]:
     The lease ends with the process, however that ends. Leftovers of dead attempts are cleared.
     """
     lock = store / STAGING_DIR / f"{unit:06d}.lock"
-    lock.parent.mkdir(exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        if (store / ledger_file(unit)).exists() and recover(store, unit):
-            _clear(store, unit)
+    file = _locked(lock)
+    if file is None:
+        yield None
+        return
+    with file:
+        done = (store / ledger_file(unit)).exists() and recover(store, unit)
+        _clear(store, unit)
+        if done:
             lock.unlink()
             yield None
             return
-        _clear(store, unit)
         attempt = store / STAGING_DIR / f"{unit:06d}-{uuid.uuid4().hex[:8]}"
         attempt.mkdir()
         yield attempt
@@ -170,9 +169,11 @@ def staging_attempts(store: Path, unit: int) -> list[Path]:
 
 def close_staging(store: Path) -> None:
     """Removes the staging area if nobody uses it."""
-    staging = store / STAGING_DIR
-    if staging.is_dir() and not any(staging.iterdir()):
-        staging.rmdir()
+    try:
+        (store / STAGING_DIR).rmdir()
+    except OSError as error:  # another process uses it, or has removed it
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
 
 
 def file_facts(path: Path) -> FileFacts:
@@ -189,6 +190,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _locked(lock: Path) -> IO[str] | None:
+    """The lock file, open and locked until it is closed; None where another process has it."""
+    while True:
+        with suppress(FileExistsError):
+            lock.parent.mkdir()
+        try:
+            file = lock.open("w")
+        except FileNotFoundError:  # another process has closed the staging area since
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        file.close()  # its holder has removed it since: this lock would keep nobody out
 
 
 def _clear(store: Path, unit: int) -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import zarr
 from classlens.extractor import ledger
 from classlens.extractor.errors import ConfigMismatchError, StoreError
 from classlens.extractor.schema import (
+    STAGING_DIR,
     Layout,
     Status,
     all_arrays,
@@ -127,6 +129,29 @@ def test_a_leased_unit_is_left_to_its_holder(store):
         assert first is not None
         assert second is None
         assert other is not None
+
+
+def test_workers_that_start_and_end_together_leave_each_other_alone(store):
+    """Each takes, gives back and closes the staging area at whatever moment, at most one a time."""
+    holders, most = [], []
+
+    def work(worker: int) -> None:
+        taken = 0
+        while taken < 100:
+            with ledger.lease(store.path, 0) as staging:
+                if staging is not None:
+                    holders.append(worker)
+                    most.append(len(holders))
+                    (staging / "part").write_text(str(worker))
+                    assert (staging / "part").read_text() == str(worker)
+                    taken += 1
+                    holders.remove(worker)
+            ledger.close_staging(store.path)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert set(most) == {1}
+    assert not (store.path / STAGING_DIR).exists()
 
 
 def test_an_error_commits_nothing_and_its_leftovers_are_cleared(store):
