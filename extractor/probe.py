@@ -28,13 +28,12 @@ from torch import Tensor
 from classlens.extractor.errors import ModelError, UsageError
 from classlens.extractor.schema import Layout
 from classlens.kernels.class_scores_torch import (
-    ROWS_PER_CHUNK,
-    ROWS_PER_CHUNK_CUDA,
     empty_scores,
     mark_invalid,
+    rows_per_chunk,
     store_scores,
 )
-from classlens.kernels.reductions import EagerReductions, even_parts
+from classlens.kernels.reductions import EagerReductions, parts
 from classlens.kernels.reference import ClassScores
 
 TOKENS_SOLVED_AT_ONCE = 8
@@ -154,7 +153,7 @@ class SiteStatistics:
                 "some training image; probe in --dtype float32 or bfloat16."
             )
         images = class_images.sum()
-        for tokens in even_parts(self.part.count, TOKENS_SOLVED_AT_ONCE):
+        for tokens in parts(self.part.count, TOKENS_SOLVED_AT_ONCE):
             sum_tD = self._sum_tD[tokens]
             mean_tD = sum_tD / images
             matrix_tDD = self._squares_tDD[tokens]
@@ -212,8 +211,8 @@ class SiteProbe:
         classes = len(mean.relative_C)
         out = empty_scores((tokens * images,), topk, True, torch.float32, x.device)
         reduce = EagerReductions(classes, torch.float32, x.device)
-        at_once = ROWS_PER_CHUNK_CUDA if x.is_cuda else ROWS_PER_CHUNK
-        for part in even_parts(tokens, max(1, at_once // images)):
+        at_once = rows_per_chunk(classes, x.device)
+        for part in parts(tokens, max(1, at_once // images)):
             products_tNC = torch.bmm(x_tND[part], self.weight_tCD[part].transpose(1, 2))
             products_MC = products_tNC.flatten(0, 1)
             reduced = reduce(

@@ -4,6 +4,7 @@ Shape letters: C classes, D width.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,12 @@ class ClassSpace:
     @property
     def width(self) -> int:
         return self.weight_CD.shape[1]
+
+    @cached_property
+    def float32_CD(self) -> Float[Tensor, "C D"]:
+        """The weight in float32, made once: a CPU's products have results of their operands'
+        dtype."""
+        return self.weight_CD.float()
 
     def require_labels(self, labels: Int[Tensor, " N"]) -> None:
         """Raise ValueError for a label outside [0, C). On a GPU this waits for the queue."""

@@ -16,7 +16,7 @@ from classlens.kernels import cpp
 # Exponentials of ±64 are far from the ends of float32, as are sums over any number of classes, and
 # terms below exp(-64 - 17) are lost beside the largest anyway.
 UNSHIFTED = 64.0
-# Logits that a CPU reduces at once, in two buffers of 2 MB: they stay in the second caches of two
+# Logits that a CPU reduces at once: 2 MB of them and 2 MB of flags stay in the second caches of two
 # cores between one operation and the next.
 VALUES_IN_CACHE = 1 << 19
 
@@ -42,11 +42,13 @@ class Reductions(Protocol):
         *,
         topk: int,
         logsumexp: bool,
-    ) -> Reduced: ...
+    ) -> Reduced:
+        """May overwrite ``products``."""
+        ...
 
 
 class EagerReductions:
-    """One torch operation after another, in two buffers that are reused.
+    """One torch operation after another, in place and in one buffer that is reused.
 
     On a CPU over so few rows at once that both stay in the cache. Slower than a compiled pass and
     needs no compiler.
@@ -54,8 +56,7 @@ class EagerReductions:
 
     def __init__(self, num_classes: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_classes = num_classes
-        self._values = torch.empty(0, num_classes, dtype=dtype, device=device)
-        self._other = torch.empty_like(self._values)
+        self._other = torch.empty(0, num_classes, dtype=dtype, device=device)
         self._classes = torch.arange(num_classes, device=device)
         # C for the first class down to 1 for the last: the largest of equals is the first.
         self._places = (num_classes - self._classes).to(dtype)
@@ -76,10 +77,11 @@ class EagerReductions:
         rank_M, label_M1 = products_MC.new_empty(rows), products_MC.new_empty(rows, 1)
         lse_M = products_MC.new_empty(rows) if logsumexp else None
         place_MK = products_MC.new_empty(rows, topk)
-        for part in even_parts(rows, at_once):
-            self._reserve(part.stop - part.start)
-            values_MC = self._values[: part.stop - part.start]
-            torch.addcmul(bias_C, products_MC[part], rstd_M1[part], out=values_MC)
+        if len(self._other) < min(rows, at_once):
+            self._other = self._other.new_empty(min(rows, at_once), self.num_classes)
+        for part in parts(rows, at_once):
+            values_MC = products_MC[part]
+            torch.addcmul(bias_C, values_MC, rstd_M1[part], out=values_MC)
             torch.gather(values_MC, 1, labels_M1[part], out=label_M1[part])
             self._rank(values_MC, label_M1[part], labels_M1[part], rank_M[part])
             peak_M1 = values_MC.amax(dim=1, keepdim=True)
@@ -87,11 +89,6 @@ class EagerReductions:
                 self._logsumexp(values_MC, peak_M1, lse_M[part])
             self._topk_(values_MC, peak_M1, place_MK[part])  # last: it overwrites the values
         return Reduced(rank_M.int(), label_M1[:, 0], lse_M, (self.num_classes - place_MK).int())
-
-    def _reserve(self, rows: int) -> None:
-        if rows > len(self._values):
-            self._values = self._values.new_empty(rows, self.num_classes)
-            self._other = torch.empty_like(self._values)
 
     def _rank(
         self,
@@ -166,11 +163,10 @@ class CompiledReductions:
         return reduce(products_MC, rstd_M1, bias_C, labels_M1, topk, logsumexp)
 
 
-def even_parts(count: int, at_once: int) -> Iterator[slice]:
-    """Cut ``count`` rows into parts of about the same length, at most ``at_once``."""
-    parts = -(-count // at_once)
-    for part in range(parts):
-        yield slice(part * count // parts, (part + 1) * count // parts)
+def parts(count: int, at_once: int) -> Iterator[slice]:
+    """Cut ``count`` rows into parts of ``at_once``, the last of what is left."""
+    for start in range(0, count, at_once):
+        yield slice(start, min(count, start + at_once))
 
 
 def reduce_products(

@@ -41,7 +41,8 @@ def test_exact_on_small_integers(
 def test_chunks_do_not_show(
     rows_per_chunk: int, values_in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(class_scores_torch, "ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr(class_scores_torch, "ROWS_PER_STEP", rows_per_chunk)
+    monkeypatch.setattr(class_scores_torch, "STEPS_PER_CHUNK", 1)
     monkeypatch.setattr(reductions, "VALUES_IN_CACHE", values_in_cache)
     x, labels = exact_x(3, 17, 6, torch.float32), exact_labels(10)
     space = exact_space(10, 6, torch.float32, bias=True)
