@@ -45,8 +45,8 @@ def test_certified_ranks_are_exact() -> None:
     assert torch.equal(actual.rank, judged_ranks(x, exact, labels))
 
 
-# What is reduced at once stays in the cache up to 1,024 classes; up to 65,536 a chunk has the rows of
-# a quick product; beyond, its buffers stop growing until it would only read the weight.
+# What is reduced at once stays in the cache up to 1,024 classes; up to 65,536 a chunk has the rows
+# of a quick product; beyond, its buffers stop growing until it would only read the weight.
 @pytest.mark.parametrize(
     ("classes", "rows"),
     [(1, 2048), (500, 1024), (1024, 512), (65_536, 512), (65_537, 511), (10**6, 128)],
