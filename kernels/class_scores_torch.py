@@ -54,8 +54,8 @@ def class_scores_torch(
     x_RD = x.flatten(0, 1)
     out = empty_scores(x_RD.shape[:1], topk, logsumexp, dtype, x.device)
     weight_CD = space.weight_CD
-    if not x.is_cuda and weight_CD.dtype != dtype:
-        weight_CD = space.float32_CD
+    if not x.is_cuda:
+        weight_CD = space.float32_CD if dtype == torch.float32 else weight_CD.to(dtype)
     rounded = not x.is_cuda and x.dtype == space.weight_CD.dtype == torch.bfloat16
     bias_C = space.bias_C.to(dtype)
     in_range_N = (labels >= 0) & (labels < space.num_classes)
