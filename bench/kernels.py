@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,7 +45,8 @@ def kernels(
 
     \b
     triton     the fused kernel (GPU)
-    amx        the fused kernel of CPUs with AMX
+    amx        the fused kernel for CPUs, in tile registers
+    avx512     the same in vector registers
     compiled   chunked products, compiled reductions
     torch      chunked products, eager reductions
     whole      plain torch.compile of LayerNorm, projection and reductions
@@ -135,16 +137,19 @@ def implementations(
 ) -> dict[str, Callable[[], Any]]:
     """What runs on this device, by name; each scores the whole of ``x``."""
 
-    from classlens.kernels.amx import amx_found, on_amx
+    from classlens.kernels import cpp
     from classlens.kernels.class_scores import class_scores
     from classlens.kernels.reductions import compiled, compiler_found
+    from classlens.kernels.tiles import UNITS, has_units
 
     on_cpu = x.device.type == "cpu"
     tasks: dict[str, Callable[[], Any]] = {}
     if not on_cpu:
         tasks["triton"] = lambda: class_scores(x, space, labels, impl="triton")
-    if on_amx(x, space.weight_CD) and amx_found():
-        tasks["amx"] = lambda: class_scores(x, space, labels, impl="amx")
+    if on_cpu and cpp.compiler() is not None:
+        for units in UNITS:
+            if has_units(units, x.dtype):
+                tasks[units] = partial(class_scores, x, space, labels, impl=units)
     if compiler_found(x.device):
         tasks["compiled"] = lambda: class_scores(x, space, labels, impl="compiled")
     tasks["torch"] = lambda: class_scores(x, space, labels, impl="torch")

@@ -23,18 +23,23 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     rows = [
         {k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in result["rows"]
     ]
-    console = Console()
-    if len(rows) == 1:
-        for name, value in rows[0].items():
-            click.echo(f"{name:<34} {_text(value)}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [
+        [name.replace("_", " "), *(_text(row.get(name, "")) for row in rows)] for name in names
+    ]
+    if len(rows) < len(names):  # a row would not fit the screen: a column each
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True)
+        for _ in rows:
+            table.add_column(overflow="fold")
     else:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
         table = Table(box=SIMPLE_HEAD)
-        for name in columns:
-            table.add_column(name.replace("_", " "), overflow="fold")
-        for row in rows:
-            table.add_row(*(_text(row.get(name, "")) for name in columns))
-        console.print(table)
+        headings, *lines = zip(*lines, strict=True)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
     click.echo("  ".join(f"{name} {value}" for name, value in result["machine"].items()))
 
 

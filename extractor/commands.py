@@ -145,8 +145,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Prove every rank equal to that of exact arithmetic, or mend it.")  # fmt: skip
 @click.option("--compile/--no-compile", default=None,
               help="Have torch.compile fuse the forward pass and the reductions; a CPU needs a C++ "
-              "compiler. A CPU with AMX has kernels of its own instead, unless --no-compile.  "
-              "[default: on a CPU, from 3,000 images]")  # fmt: skip
+              "compiler. CPUs with AMX or AVX-512 take kernels made for them instead, unless "
+              "--no-compile.  [default: on a CPU, from 3,000 images]")  # fmt: skip
 @click.option("--cuda-graph", is_flag=True, help="Launch each batch on a GPU as one graph.")
 @click.option("--decoder", type=click.Choice(["simplejpeg", "pil"]), default="simplejpeg",
               show_default=True,
@@ -377,18 +377,20 @@ def print_summary(summary: Summary) -> None:
 
 def _print_faster(config: ExtractConfig) -> None:
     """What this CPU would do faster, if there is something."""
-    from classlens.kernels import amx, cpp
+    from classlens.extractor.scorer import DTYPES
+    from classlens.kernels import cpp, tiles
     from classlens.kernels.cpu_bfloat16 import bfloat16_speedup, native_bfloat16
 
     if not config.on_cpu:
         return
     if config.dtype == "float32" and native_bfloat16():
-        times = bfloat16_speedup(amx=config.compile is not False and amx.amx_found())
+        times = bfloat16_speedup(fused=config.compile is not False)
         click.echo(
             f"this CPU multiplies bfloat16 {times:.1f} times as fast: --dtype bfloat16, which is "
             "less exact (`classlens bench fidelity` says by how much)"
         )
-    if amx.has_amx() and cpp.compiler() is None:
+    fused = any(tiles.has_units(units, DTYPES[config.dtype]) for units in tiles.UNITS)
+    if fused and cpp.compiler() is None:
         click.echo(
             "this CPU scores up to twice as fast by kernels that need a C++ compiler: install g++, "
             "or `pip install 'classlens[compiler]'`"

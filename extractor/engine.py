@@ -22,12 +22,12 @@ from classlens.extractor.reducers.neurons import NeuronsAccumulator
 from classlens.extractor.reducers.protocol import Reducer, Targets
 from classlens.extractor.reducers.ranks import RanksReducer
 from classlens.extractor.scorer import DTYPES, Forward, Scorer
-from classlens.kernels.amx import PARTS, amx_found
 from classlens.kernels.certify import Certifier
 from classlens.kernels.class_scores import Impl
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.cpu_bfloat16 import native_bfloat16
 from classlens.kernels.reductions import compiler_found
+from classlens.kernels.tiles import UNITS, Units, units_found
 
 if TYPE_CHECKING:
     from classlens.extractor.prepare import Prepared
@@ -112,7 +112,7 @@ def make_scorer(prepared: Prepared) -> Scorer:
         reducers.append(memories_reducer(prepared, space, impl))
     if "attribution" in config.reduce:
         reducers.append(attribution_reducer(prepared))
-    sums_impl = "avx512" if impl == "amx" and dtype == torch.bfloat16 else "torch"
+    sums_impl = "avx512" if impl in UNITS and dtype == torch.bfloat16 else "torch"
     neurons = NeuronsAccumulator(len(subject.prefix_kinds), sums_impl)
     return Scorer(
         subject,
@@ -149,34 +149,33 @@ def choose_impl(config: ExtractConfig, images: int) -> Impl:
     """Which implementation of class scoring a run of so many images takes.
 
     The fused kernels, unless ranks are certified, which needs the logits: Triton's on a GPU, that
-    for a CPU with AMX, whose source takes a second to compile. Else chunked products, their
-    reductions compiled where that pays.
+    for a CPU with AMX or AVX-512, whose source takes a second or two to compile. Else chunked
+    products, their reductions compiled where that pays.
     """
     if not config.certify:
         if not config.on_cpu:
             return "triton"
-        if _takes_amx(config):
-            return "amx"
+        if units := _units(config):
+            return units
     return "compiled" if _compiles(config, images) else "torch"
 
 
 def choose_forward(config: ExtractConfig, subject: Subject, images: int) -> Forward:
     """How a run of so many images runs the model's blocks.
 
-    By the fused kernel on a CPU with AMX, if it knows such blocks; else compiled where that pays.
+    By the fused kernel on a CPU with AMX or AVX-512, if it knows such blocks; else compiled where
+    that pays.
     """
-    if _takes_amx(config) and fusable(subject.model):
-        return "amx"
+    if (units := _units(config)) and fusable(subject.model):
+        return units
     return "compiled" if _compiles(config, images) else "eager"
 
 
-def _takes_amx(config: ExtractConfig) -> bool:
-    return (
-        config.on_cpu
-        and DTYPES[config.dtype] in PARTS
-        and config.compile is not False
-        and amx_found()
-    )
+def _units(config: ExtractConfig) -> Units | None:
+    """The registers that multiply in the fused kernels for CPUs, where these are taken."""
+    if not config.on_cpu or config.compile is False:
+        return None
+    return units_found(DTYPES[config.dtype])
 
 
 def _compiles(config: ExtractConfig, images: int) -> bool:

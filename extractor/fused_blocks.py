@@ -1,4 +1,4 @@
-"""The blocks of a model through the fused kernel of CPUs with AMX, in place of `block_sites`."""
+"""A model's blocks by the fused kernel of CPUs with AMX or AVX-512, in place of `block_sites`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from classlens.extractor.blocks import Attend, Sites, full_attention
 from classlens.extractor.reducers.protocol import Reducer
 from classlens.extractor.reducers.ranks import RanksReducer
-from classlens.kernels.amx import PANEL
-from classlens.kernels.class_scores_amx import ClassScoring
-from classlens.kernels.vit_block_amx import VitBlockAmx
+from classlens.kernels.class_scores_cpu import ClassScoring
+from classlens.kernels.tiles import PANEL, Units
+from classlens.kernels.vit_block_cpu import VitBlockCpu
 
 
 class FusedBlocks:
@@ -25,20 +25,24 @@ class FusedBlocks:
     Copies the weights, so the model's may not change afterwards.
     """
 
-    def __init__(self, model: VisionTransformer, ranks: RanksReducer | None = None) -> None:
+    def __init__(
+        self, model: VisionTransformer, units: Units, ranks: RanksReducer | None = None
+    ) -> None:
         """Packs the blocks of a model that is `fusable`, in bfloat16 or float32 on a CPU.
 
         Args:
+            units: the registers that multiply.
             ranks: whose streams `scoring` scores.
 
         Raises:
-            RuntimeError: no compiler, or it fails; or the system grants no tile registers.
+            RuntimeError: no such registers, or the system grants none; no compiler, or it fails.
         """
         self._fused = {}
         for block in model.blocks:
             parts = _parts(block)
             assert parts is not None
-            self._fused[block] = VitBlockAmx(**parts)
+            self._fused[block] = VitBlockCpu(units, **parts)
+        self.units: Units = units
         self.ranks = ranks
 
     def __call__(
@@ -76,19 +80,21 @@ class FusedBlocks:
         ) -> Sites:
             streams, tokens = len(ranks.streams), x.shape[1]
             scoring = ClassScoring(
-                ranks.space, labels, streams=streams, tokens=tokens, topk=ranks.topk
+                ranks.space, labels, self.units, streams=streams, tokens=tokens, topk=ranks.topk
             )
             return self(block, x, wanted, attend, scoring) | ranks.named(scoring.scores)
 
         return sites_of
 
 
-def scored_by_blocks(reducers: Sequence[Reducer], *, renormed: bool) -> RanksReducer | None:
-    """The reducer whose streams `FusedBlocks` can score: by AMX, and as the block adds them.
+def scored_by_blocks(
+    reducers: Sequence[Reducer], units: Units, *, renormed: bool
+) -> RanksReducer | None:
+    """The reducer whose streams `FusedBlocks` can score: by its units, and as the block adds them.
 
     renormed: see `classlens.extractor.blocks.renorms`.
     """
-    ranks = (r for r in reducers if isinstance(r, RanksReducer) and r.impl == "amx")
+    ranks = (r for r in reducers if isinstance(r, RanksReducer) and r.impl == units)
     return None if renormed else next(ranks, None)
 
 
@@ -99,7 +105,7 @@ def fusable(model: VisionTransformer) -> bool:
 
 
 def _parts(block: nn.Module) -> dict[str, Any] | None:
-    """What `VitBlockAmx` is made of; None where it does not know such blocks."""
+    """What `VitBlockCpu` is made of; None where it does not know such blocks."""
     if not isinstance(block, Block):
         return None
     attn, mlp = block.attn, block.mlp

@@ -14,8 +14,9 @@ from classlens.extractor.interventions import Intervention
 from classlens.extractor.models import Subject, predict
 from classlens.extractor.reducers.protocol import FOUND_PREFIX, Accumulator, Reducer, Targets
 from classlens.kernels.reductions import compiled
+from classlens.kernels.tiles import UNITS, Units
 
-Forward = Literal["eager", "compiled", "amx"]
+Forward = Literal["eager", "compiled", Units]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -23,8 +24,8 @@ class Scorer:
     """A model, its reducers and perhaps an accumulator, on one device, in one dtype.
 
     Moves and casts ``subject.model`` in place. ``forward``: how its blocks are run, "eager";
-    "compiled", what stands between the products of a block fused by torch.compile; or "amx", see
-    `FusedBlocks`. ``intervention`` takes the place of the model's own attention.
+    "compiled", what stands between the products of a block fused by torch.compile; or "amx" or
+    "avx512", see `FusedBlocks`. ``intervention`` takes the place of the model's own attention.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class Scorer:
         scored = None
         if forward == "compiled":
             self._block_sites = compiled(block_sites)
-        elif forward == "amx":
-            scored = scored_by_blocks(reducers, renormed=renorms(self.model, convention))
-            self._block_sites = fused = FusedBlocks(self.model, scored)
+        elif forward in UNITS:
+            scored = scored_by_blocks(reducers, forward, renormed=renorms(self.model, convention))
+            self._block_sites = fused = FusedBlocks(self.model, forward, scored)
             self._scoring = None if scored is None else fused.scoring
         takers = (*reducers, accumulator) if accumulator else self.reducers
         self.sites = _sites_of(takers)

@@ -31,7 +31,7 @@ ranks in between are open, exact ties among them. The parts:
   less than λ standard deviations. Summed over the additions of a chain, the worst of all orders,
   Σ (m/D)² ≤ (D + 2)/3 and Σ m (D − m)/D² ≤ D/6, which gives
   A_c = λ v √(D + 2) (|s_c| √⅓ + λ √(Q/6)).
-  Where a float32 product is six of bfloat16 parts (`classlens.kernels.amx`), six additions stand
+  Where a float32 product is six of bfloat16 parts (`classlens.kernels.tiles`), six additions stand
   for each, A_c is √6 times that, and 2v Σ|t_d| comes on top for the three products left out.
 - ρ, error of r̂: a sum of squares has relative error (D + 4) v at most, its mean's error enters
   squared, and the root halves it: ρ = (D/2 + 8) v + ½ (D v mean|x|)² / var.

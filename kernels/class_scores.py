@@ -3,8 +3,8 @@
     x [N, T, D] → LayerNorm → · class embedding [C, D] → rank, label logit, logsumexp, top-k
 
 The logits, [N, T, C], are never held as a whole. `class_scores_reference` is the specification,
-`class_scores_triton` the fused kernel for GPUs, `class_scores_amx` that for CPUs with AMX,
-`class_scores_torch` chunked products whose reductions are eager or compiled.
+`class_scores_triton` the fused kernel for GPUs, `class_scores_cpu` that for CPUs with AMX or
+AVX-512, `class_scores_torch` chunked products whose reductions are eager or compiled.
 
 Shape letters: N images, T tokens, D width, C classes, K top classes.
 """
@@ -16,21 +16,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from classlens.kernels.certify import Certifier
-from classlens.kernels.class_scores_amx import class_scores_amx
+from classlens.kernels.class_scores_cpu import class_scores_cpu
 from classlens.kernels.class_scores_torch import class_scores_torch
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reference import ClassScores, class_scores_reference
+from classlens.kernels.tiles import UNITS, Units
 
-Impl = Literal["auto", "reference", "torch", "compiled", "triton", "amx"]
-IMPLS = ("auto", "reference", "torch", "compiled", "triton", "amx")
+Impl = Literal["auto", "reference", "torch", "compiled", "triton", Units]
+IMPLS = ("auto", "reference", "torch", "compiled", "triton", *UNITS)
 
 
-def resolve_impl(x: Tensor, impl: Impl = "auto") -> str:
+def resolve_impl(x: Tensor, impl: Impl = "auto") -> Impl:
     """Which implementation scores ``x``: what ``impl`` says, and for "auto" "triton" for
     float16, bfloat16 and float32 on a GPU, "torch" for float64 and on a CPU.
 
-    A CPU scores faster by "amx" and "compiled", whose first calls compile for a second and for half
-    a minute: the caller knows whether that pays.
+    A CPU scores faster by "amx", "avx512" and "compiled", whose first calls compile for a second or
+    two and for half a minute: the caller knows whether that pays.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}; pass one of these")
@@ -62,9 +63,9 @@ def class_scores(
         topk: how many top classes to keep, 0 to C.
         logsumexp: whether to compute it; it costs one exponential a logit.
         impl: "triton" (GPU; under ``TRITON_INTERPRET=1`` also CPU), "torch" (any device),
-            "compiled" (the same, its reductions compiled), "amx" (bfloat16 or float32 on a CPU, see
-            `classlens.kernels.class_scores_amx`), "reference" (all logits and a sort), or "auto",
-            see `resolve_impl`. There is no fallback: what cannot run raises.
+            "compiled" (the same, its reductions compiled), "amx" and "avx512" (bfloat16 or float32
+            on a CPU, see `classlens.kernels.class_scores_cpu`), "reference" (all logits and a
+            sort), or "auto", see `resolve_impl`. There is no fallback: what cannot run raises.
         certifier: proves or mends every rank, see `classlens.kernels.certify`; for "torch" and
             "compiled".
 
@@ -84,8 +85,8 @@ def class_scores(
         from classlens.kernels.class_scores_triton import class_scores_triton
 
         return class_scores_triton(x, space, labels, topk=topk, logsumexp=logsumexp)
-    if impl_taken == "amx":
-        return class_scores_amx(x, space, labels, topk=topk, logsumexp=logsumexp)
+    if impl_taken in UNITS:
+        return class_scores_cpu(x, space, labels, impl_taken, topk=topk, logsumexp=logsumexp)
     compile = impl_taken == "compiled"
     return class_scores_torch(
         x, space, labels, topk=topk, logsumexp=logsumexp, compile=compile, certifier=certifier

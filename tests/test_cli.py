@@ -62,7 +62,7 @@ def test_extract_query_and_look_after_a_store(make_shards, tmp_path):
 
 def test_an_extraction_says_what_would_be_faster(make_shards, tmp_path, monkeypatch):
     monkeypatch.setattr("classlens.kernels.cpu_bfloat16.native_bfloat16", lambda: True)
-    monkeypatch.setattr("classlens.kernels.amx.has_amx", lambda: True)
+    monkeypatch.setattr("classlens.kernels.tiles.has_units", lambda units, dtype: True)
     monkeypatch.setattr("classlens.kernels.cpp.compiler", lambda: None)
     shards = make_shards((3,))[0].parent
     command = ["extract", shards, *MODEL, "--device", "cpu"]

@@ -43,6 +43,7 @@ from classlens.extractor.value_vectors import (
 from classlens.kernels.class_scores import Impl, class_scores
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.key_topk import key_topk
+from classlens.kernels.tiles import UNITS
 
 TOP1_PATH = "scores/top1"
 
@@ -114,9 +115,8 @@ class MemoriesReducer:
         coefficients or the output are not finite.
         """
         labels = targets.labels
-        # A CPU that scores with AMX has AVX-512 too.
         bfloat16 = self.space.weight_CD.dtype == torch.bfloat16
-        topk_impl = "avx512" if self.impl == "amx" and bfloat16 else "auto"
+        topk_impl = "avx512" if self.impl in UNITS and bfloat16 else "auto"
         by_class = {"": labels, "_control": control_classes(targets, self.space.num_classes)}
 
         def top1(sites: Mapping[str, Tensor], sublayer: str) -> Tensor:

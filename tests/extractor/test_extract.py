@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import torch
 import zarr
+from cpu_units import cases
 from PIL import Image
 from samples import Sample, encoded, picture
 from variants import SMALL, VARIANTS, config
@@ -20,7 +21,6 @@ from classlens.extractor.run import extract
 from classlens.extractor.schema import STREAMS, Status, read_attributes, read_layout
 from classlens.extractor.scorer import DTYPES, Scorer
 from classlens.extractor.store import verify
-from classlens.kernels.amx import amx_found
 from classlens.kernels.bounds import rank_bracket
 from classlens.kernels.reference import class_scores_reference, logits_reference
 
@@ -69,13 +69,16 @@ def test_every_stored_number_equals_the_specification_in_16_bits(make_shards, tm
     check_store(config("cls", batch_size=16, dtype=dtype), make_shards((9,)), tmp_path / "store")
 
 
-@pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_stored_number_equals_the_specification_of_fused_blocks(make_shards, tmp_path, dtype):
+@pytest.mark.parametrize(("units", "dtype"), cases())
+def test_every_stored_number_equals_the_specification_of_fused_blocks(
+    make_shards, tmp_path, monkeypatch, units, dtype
+):
+    monkeypatch.setattr("classlens.extractor.engine.units_found", lambda _: units)
     arguments = {**SMALL, "embed_dim": 96, "num_classes": 10}  # heads of 32, which it takes
+    dtype = str(dtype).removeprefix("torch.")
     settings = config("cls", batch_size=16, dtype=dtype, model_args=arguments)
     check_store(settings, make_shards((9,)), tmp_path / "store")
-    assert read_attributes(tmp_path / "store")["forward"] == "amx"
+    assert read_attributes(tmp_path / "store")["forward"] == units
 
 
 def check_store(settings, shards, out):

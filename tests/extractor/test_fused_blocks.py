@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from cpu_units import cases, needs_units_bfloat16
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from variants import SMALL, VARIANTS
@@ -19,12 +20,10 @@ from classlens.extractor.prepare import prepare
 from classlens.extractor.reducers import ranks
 from classlens.extractor.run import extract
 from classlens.extractor.schema import read_attributes
-from classlens.kernels import cpp
-from classlens.kernels.amx import amx_found
 from classlens.kernels.class_scores import class_scores
-from classlens.kernels.vit_block_amx import VitBlockAmx
+from classlens.kernels.tiles import units_found
+from classlens.kernels.vit_block_cpu import VitBlockCpu
 
-needs_amx = pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
 WIDE = {**SMALL, "embed_dim": 96, "num_classes": 10}  # heads of 32
 SITES = {"resid", "mid", "attn", "mlp", "key_mlp", "key_attn", "query", "key", "value"}
 
@@ -64,15 +63,13 @@ def test_other_kinds_of_blocks_do_not_fit():
     assert not fusable(model)
 
 
-@needs_amx
 @pytest.mark.parametrize("variant", ["cls", "registers-layerscale-gap"])
 @pytest.mark.parametrize("attend", [full_attention, lambda q, k, v: self_only(q, k, v, prefix=1)])
-@pytest.mark.parametrize(
-    ("dtype", "off"), [(torch.bfloat16, 2.0**-7), (torch.float32, 2.0**-20)], ids=str
-)
-def test_sites_are_those_of_the_block_but_for_rounding(variant, attend, dtype, off):
+@pytest.mark.parametrize(("units", "dtype"), cases())
+def test_sites_are_those_of_the_block_but_for_rounding(variant, attend, units, dtype):
+    off = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}[dtype]
     model = load_subject(wide(variant)).model.to(dtype)
-    fused = FusedBlocks(model)
+    fused = FusedBlocks(model, units)
     x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.inference_mode():
         for block in model.blocks:
@@ -88,36 +85,39 @@ def test_sites_are_those_of_the_block_but_for_rounding(variant, attend, dtype, o
             x = expected["resid"]
 
 
-@needs_amx
 def test_when_the_fused_blocks_are_taken(monkeypatch):
+    found = {torch.bfloat16: "amx", torch.float32: "avx512"}
+    monkeypatch.setattr("classlens.extractor.engine.units_found", found.get)
     subject, post_norm = load_subject(wide()), load_subject(wide("post-norm-gap"))
-    assert choose_forward(wide(), subject, 5) == "amx"
+    assert choose_forward(wide(), subject, 5) == choose_impl(wide(), 5) == "amx"
     assert choose_forward(wide(compile=True), subject, 5) == "amx"
     assert choose_forward(wide(certify=True), subject, 5) == "amx"
     assert choose_impl(wide(certify=True), 5) == "torch"
     assert choose_forward(wide(compile=False), subject, 5) == "eager"
-    assert choose_forward(wide(dtype="float32"), subject, 5) == "amx"
+    assert choose_impl(wide(compile=False), 5) == "torch"
+    float32 = wide(dtype="float32")
+    assert choose_forward(float32, subject, 5) == choose_impl(float32, 5) == "avx512"
     assert choose_forward(wide(dtype="float16"), subject, 5) == "eager"
     assert choose_forward(wide("post-norm-gap"), post_norm, 5) == "eager"
     assert choose_forward(wide("post-norm-gap", compile=True), post_norm, 5) == "compiled"
-    monkeypatch.setattr(cpp, "compiler", lambda: None)
+    found.clear()
     assert choose_forward(wide(), subject, 5) == "eager"
 
 
-@needs_amx
+@needs_units_bfloat16
 def test_an_extraction_takes_them_and_says_so(make_shards, tmp_path, monkeypatch):
     shards, blocks = [str(s) for s in make_shards((9,))], []
-    original = VitBlockAmx.after_attention
+    original = VitBlockCpu.after_attention
 
     def counted(self, *args, **kwargs):
         blocks.append(self)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(VitBlockAmx, "after_attention", counted)
+    monkeypatch.setattr(VitBlockCpu, "after_attention", counted)
     prepared = prepare(wide(), shards)
     extract(prepared, tmp_path / "fused")
     assert len(set(blocks)) == 3
-    assert read_attributes(tmp_path / "fused")["forward"] == "amx"
+    assert read_attributes(tmp_path / "fused")["forward"] == units_found(torch.bfloat16)
     eager = prepare(wide(compile=False), shards)
     extract(eager, tmp_path / "eager")
     assert read_attributes(tmp_path / "eager")["forward"] == "eager"
@@ -128,7 +128,6 @@ def test_an_extraction_takes_them_and_says_so(make_shards, tmp_path, monkeypatch
     assert np.abs(ranks[0].astype(int) - ranks[1]).mean() < 0.2  # of 10 classes
 
 
-@needs_amx
 @pytest.mark.parametrize(
     ("variant", "convention", "settings", "fused"),
     [
@@ -140,11 +139,13 @@ def test_an_extraction_takes_them_and_says_so(make_shards, tmp_path, monkeypatch
         ("cls", "corrected", {"certify": True}, False),
     ],
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("units", "dtype"), cases())
 def test_which_ranks_the_blocks_find(
-    make_shards, monkeypatch, dtype, variant, convention, settings, fused
+    make_shards, monkeypatch, units, dtype, variant, convention, settings, fused
 ):
     """And that they are those of the streams scored one by one."""
+    monkeypatch.setattr("classlens.extractor.engine.units_found", lambda _: units)
+    dtype = str(dtype).removeprefix("torch.")
     config = wide(variant, convention=convention, dtype=dtype, **settings)
     prepared = prepare(config, [str(s) for s in make_shards((3,))])
     pixels, labels = read_pictures(prepared, 3)
@@ -165,7 +166,7 @@ def test_which_ranks_the_blocks_find(
         torch.testing.assert_close(results[path], values, rtol=0, atol=0, equal_nan=True)
 
 
-@needs_amx
+@needs_units_bfloat16
 def test_labels_out_of_range_are_refused(make_shards):
     prepared = prepare(wide(), [str(s) for s in make_shards((3,))])
     pixels, _ = read_pictures(prepared, 3)

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from classlens.kernels import (
-    amx,
-    class_scores_amx,
+    class_scores_cpu,
     cpp,
     key_topk_avx512,
     neuron_sums_avx512,
-    vit_block_amx,
+    tiles,
+    vit_block_cpu,
 )
 from classlens.kernels.reductions import compiler_found
 
 SOURCES = [
-    (class_scores_amx.SOURCE, (*cpp.FLAGS, *amx.FLAGS)),
-    (vit_block_amx.SOURCE, (*cpp.FLAGS, *amx.FLAGS)),
+    *((class_scores_cpu.SOURCE, (*cpp.FLAGS, *flags)) for flags in tiles.FLAGS.values()),
+    *((vit_block_cpu.SOURCE, (*cpp.FLAGS, *flags)) for flags in tiles.FLAGS.values()),
     (key_topk_avx512.SOURCE, cpp.FLAGS),
     (neuron_sums_avx512.SOURCE, cpp.FLAGS),
 ]

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from cpu_units import needs_avx512
 from topk_cases import hostile_rows, naive_topk
 
 from classlens.kernels import key_topk as module
-from classlens.kernels.amx import amx_found
 from classlens.kernels.key_topk import key_topk
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -20,7 +20,7 @@ def test_equals_a_plain_sort(impl: str, dtype: torch.dtype, width: int, k: int) 
     assert actual.tolist() == naive_topk(x, k)
 
 
-@pytest.mark.skipif(not amx_found(), reason="needs AVX-512 and a C++ compiler")
+@needs_avx512
 @pytest.mark.parametrize("k", [0, 1, 5])
 @pytest.mark.parametrize("width", [5, 16, 48, 771, 3072, 65_536])  # a vector has 16
 def test_avx512_equals_a_plain_sort(width: int, k: int, poisoned_empty: list[torch.Tensor]) -> None:

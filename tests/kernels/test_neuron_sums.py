@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from cpu_units import needs_avx512
 
 from classlens.kernels.activation_codes import CODES, activation_codes
-from classlens.kernels.amx import amx_found
 from classlens.kernels.neuron_sums import neuron_sums, pair_codes
 
-needs_avx512 = pytest.mark.skipif(not amx_found(), reason="needs AVX-512 and a C++ compiler")
 IMPLS = ["torch", pytest.param("avx512", marks=needs_avx512)]
 
 

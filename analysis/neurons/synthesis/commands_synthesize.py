@@ -59,7 +59,7 @@ DIVERSE_IMAGES = 3
               help="Of the transforms; 1 is the report's.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32",
               show_default=True, help="Of the model's passes; bfloat16 is quick on CPUs with "
-              "AMX and on GPUs.")  # fmt: skip
+              "AMX or AVX512_BF16 and on GPUs.")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1),
               help="Images at a time; changes nothing but rounding.")  # fmt: skip
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")

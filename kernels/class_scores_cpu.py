@@ -1,4 +1,5 @@
-"""Class scoring in bfloat16 or float32 on a CPU with AMX: launcher of ``class_scores_amx.cpp``.
+"""Class scoring in bfloat16 or float32 on a CPU with AMX or AVX-512: launcher of
+``class_scores_cpu.cpp``.
 
 Shape letters: N images, S streams, T tokens, D width, C classes.
 """
@@ -13,14 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from classlens.kernels.amx import functions, load, on_amx, pack_panels
 from classlens.kernels.class_scores_torch import empty_scores
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reference import ClassScores
+from classlens.kernels.tiles import Units, functions, load, pack_panels, require
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-_packed: WeakKeyDictionary[ClassSpace, Tensor] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[ClassSpace, dict[Units, Tensor]] = WeakKeyDictionary()
 
 
 class ClassScoring(ctypes.Structure):
@@ -28,6 +29,7 @@ class ClassScoring(ctypes.Structure):
 
     Attributes:
         space: bfloat16 or float32 on a CPU.
+        units: the registers that multiply.
         scores: [N, S·T], the streams one after another.
     """
 
@@ -44,16 +46,18 @@ class ClassScoring(ctypes.Structure):
         self,
         space: ClassSpace,
         labels: Int[Tensor, " N"],
+        units: Units,
         *,
         streams: int,
         tokens: int,
         topk: int,
         logsumexp: bool = True,
     ) -> None:
-        self.space = space
-        if space not in _packed:
-            _packed[space] = pack_panels(space.weight_CD)
-        self._inputs = _packed[space], space.bias_C.contiguous(), labels.int().contiguous()
+        self.space, self.units = space, units
+        packed = _packed.setdefault(space, {})
+        if units not in packed:
+            packed[units] = pack_panels(space.weight_CD, units)
+        self._inputs = packed[units], space.bias_C.contiguous(), labels.int().contiguous()
         weight, bias, labels = self._inputs
         shape = len(labels), streams * tokens
         self.scores = empty_scores(shape, topk, logsumexp, torch.float32, labels.device)
@@ -68,10 +72,11 @@ class ClassScoring(ctypes.Structure):
         )
 
 
-def class_scores_amx(
+def class_scores_cpu(
     x: Float[Tensor, "N T D"],
     space: ClassSpace,
     labels: Int[Tensor, " N"],
+    units: Units,
     *,
     topk: int,
     logsumexp: bool,
@@ -80,23 +85,21 @@ def class_scores_amx(
 
     Raises:
         ValueError: something is not on a CPU, or not all in bfloat16 or all in float32.
-        RuntimeError: no compiler, or it fails; or the system grants no tile registers.
+        RuntimeError: no such registers, or the system grants none; no compiler, or it fails.
     """
-    if not on_amx(x, space.weight_CD):
-        raise ValueError(
-            f"impl='amx' takes bfloat16 or float32 on a CPU, not x in {x.dtype} and a class space "
-            f"in {space.weight_CD.dtype} on {x.device}; pass impl='torch'"
-        )
+    require(units, x, space.weight_CD)
     x = x.contiguous()
     images, tokens, _ = x.shape
-    scoring = ClassScoring(space, labels, streams=1, tokens=tokens, topk=topk, logsumexp=logsumexp)
-    score = _functions()[x.dtype]
+    scoring = ClassScoring(
+        space, labels, units, streams=1, tokens=tokens, topk=topk, logsumexp=logsumexp
+    )
+    score = _functions(units)[x.dtype]
     score(x.data_ptr(), images * tokens, scoring, torch.get_num_threads())
     return scoring.scores
 
 
 @functools.cache
-def _functions() -> dict[torch.dtype, Callable[..., None]]:
+def _functions(units: Units) -> dict[torch.dtype, Callable[..., None]]:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     argtypes = pointer, integer, ctypes.POINTER(ClassScoring), integer
-    return functions(load(SOURCE), "class_scores", argtypes)
+    return functions(load(SOURCE, units), "class_scores", argtypes)

@@ -14,9 +14,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "amx.hpp"
-#include "amx_values.hpp"
 #include "lanes.hpp"
+#include "tile_values.hpp"
+#include "tiles.hpp"
 
 // Of a batch's streams. A row whose variance is not finite gets rank and classes C, and NaN.
 struct ClassScoring {

@@ -1,4 +1,4 @@
-"""A transformer block by the fused kernel of CPUs with AMX, held to float64 by derived bounds.
+"""A transformer block by the fused kernel for CPUs, held to float64 by derived bounds.
 
 Each product is checked from what entered it, as rounded, so that errors do not add up: u, half a
 unit in the last place of the activations' dtype, for every operation whose result is rounded.
@@ -7,23 +7,22 @@ unit in the last place of the activations' dtype, for every operation whose resu
 import numpy as np
 import pytest
 import torch
+from cpu_units import BFLOAT16, FLOAT32, cases
 from scoring_cases import exact_space
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classlens.kernels.amx import amx_found
 from classlens.kernels.class_scores import class_scores
-from classlens.kernels.class_scores_amx import ClassScoring
-from classlens.kernels.vit_block_amx import (
+from classlens.kernels.class_scores_cpu import ClassScoring
+from classlens.kernels.tiles import UNITS, Units
+from classlens.kernels.vit_block_cpu import (
     GELU_DEGREES,
     GELU_END,
     GELU_SEGMENTS,
-    VitBlockAmx,
+    VitBlockCpu,
     tail_coefficients,
 )
 
-needs_amx = pytest.mark.skipif(not amx_found(), reason="needs AMX and a C++ compiler")
-BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 U = {BFLOAT16: 2.0**-8, FLOAT32: 2.0**-24}
 # Of float32 sums of up to 600 products and of the vector functions: the worst case, and ten
 # units, several times what independent errors come to.
@@ -32,13 +31,30 @@ GELU_OFF = {BFLOAT16: 2.0**-20, FLOAT32: 2.0**-22}
 WIDTH, HEADS, HEAD_DIM, HIDDEN = 96, 3, 64, 160  # of heads 192 in all; none a multiple of 128
 
 
-@pytest.fixture(scope="module", params=[BFLOAT16, FLOAT32], ids=["bfloat16", "float32"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case.values, id=case.id, marks=case.marks) for case in cases()],
+)
+def case(request: pytest.FixtureRequest) -> tuple[Units, torch.dtype]:
     return request.param
 
 
 @pytest.fixture(scope="module")
+def units(case: tuple[Units, torch.dtype]) -> Units:
+    return case[0]
+
+
+@pytest.fixture(scope="module")
+def dtype(case: tuple[Units, torch.dtype]) -> torch.dtype:
+    return case[1]
+
+
+@pytest.fixture(scope="module")
 def modules(dtype: torch.dtype) -> dict[str, nn.Module]:
+    return make_modules(dtype)
+
+
+def make_modules(dtype: torch.dtype) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     made = {
         "norm1": nn.LayerNorm(WIDTH, eps=1e-6),
@@ -55,8 +71,8 @@ def modules(dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def block(modules: dict[str, nn.Module]) -> VitBlockAmx:
-    return VitBlockAmx(num_heads=HEADS, **modules)  # pyright: ignore[reportArgumentType]
+def block(units: Units, modules: dict[str, nn.Module]) -> VitBlockCpu:
+    return VitBlockCpu(units, num_heads=HEADS, **modules)  # pyright: ignore[reportArgumentType]
 
 
 def inputs(images: int, tokens: int, dtype: torch.dtype) -> Tensor:
@@ -91,11 +107,11 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, least: float 
     assert (off / bound).max() > least  # or the bound proves nothing
 
 
-@needs_amx
 @pytest.mark.parametrize(("images", "tokens"), [(1, 2), (3, 5), (2, 33), (2, 197)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_every_product_is_within_its_bound(
     modules: dict[str, nn.Module],
+    units: Units,
     images: int,
     tokens: int,
     scaled: bool,
@@ -105,7 +121,8 @@ def test_every_product_is_within_its_bound(
     u, sums = U[dtype], SUM[dtype]
     scales = [torch.linspace(-2, 2, WIDTH, dtype=dtype) * s if scaled else None for s in (1, 3)]
     attn_scale, mlp_scale = scales
-    block = VitBlockAmx(
+    block = VitBlockCpu(
+        units,
         num_heads=HEADS,
         **modules,  # pyright: ignore[reportArgumentType]
         attn_scale=attn_scale,
@@ -161,8 +178,7 @@ def scaled64(
     return y * scale.double(), size + u * (y * scale.double()).abs() + u * size
 
 
-@needs_amx
-def test_a_token_does_not_depend_on_the_batch(block: VitBlockAmx) -> None:
+def test_a_token_does_not_depend_on_the_batch(block: VitBlockCpu) -> None:
     x = inputs(3, 50, block.dtype)  # 150 rows: a whole group of 128 and a part of one
     qkv = block.qkv(x)
     heads = block.attention(qkv)
@@ -177,9 +193,8 @@ def test_a_token_does_not_depend_on_the_batch(block: VitBlockAmx) -> None:
     torch.set_num_threads(1)
 
 
-@needs_amx
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_in_its_image(block: VitBlockAmx, bad: float) -> None:
+def test_what_is_not_finite_stays_so_and_in_its_image(block: VitBlockCpu, bad: float) -> None:
     x = inputs(2, 40, block.dtype)
     heads = block.attention(block.qkv(x))
     good = block.after_attention(x, heads)["resid"]
@@ -190,8 +205,7 @@ def test_what_is_not_finite_stays_so_and_in_its_image(block: VitBlockAmx, bad: f
     assert resid[1].isnan().all()  # every token attends to the bad one
 
 
-@needs_amx
-def test_extreme_scores_one_token_and_no_images(block: VitBlockAmx) -> None:
+def test_extreme_scores_one_token_and_no_images(block: VitBlockCpu) -> None:
     qkv = torch.zeros(3, HEADS, 1, 40, HEAD_DIM, dtype=block.dtype)
     qkv[2] = torch.arange(40)[:, None]
     qkv[1, :, :, 5], qkv[0] = 1e3, 1e3  # all attention to token 5
@@ -206,17 +220,15 @@ def test_extreme_scores_one_token_and_no_images(block: VitBlockAmx) -> None:
     assert block.qkv(inputs(2, 3, block.dtype)[:0]).shape == (3, HEADS, 0, 3, HEAD_DIM)
 
 
-@needs_amx
-def test_views_are_read_as_they_are(block: VitBlockAmx) -> None:
+def test_views_are_read_as_they_are(block: VitBlockCpu) -> None:
     whole = inputs(2, 8, block.dtype)
     assert torch.equal(block.qkv(whole[:, 1:]), block.qkv(whole)[:, :, :, 1:])
 
 
-@needs_amx
 @pytest.mark.parametrize("streams", [("resid", "attn", "mlp"), ("mlp", "mid"), ("attn",)])
 @pytest.mark.parametrize("topk", [0, 3])
 def test_streams_are_scored_as_by_the_kernel_alone(
-    block: VitBlockAmx, streams: tuple[str, ...], topk: int, poisoned_empty: list[Tensor]
+    block: VitBlockCpu, streams: tuple[str, ...], topk: int, poisoned_empty: list[Tensor]
 ) -> None:
     """300 rows: two whole groups of 128 and a part; labels of images that share a group."""
     x, labels = inputs(6, 50, block.dtype), torch.tensor([0, 39, 7, 31, 32, 5])
@@ -224,11 +236,13 @@ def test_streams_are_scored_as_by_the_kernel_alone(
     heads = block.attention(block.qkv(x))
     heads[4, 49, 3] = float("inf")  # one row that is not finite
     sites = block.after_attention(x, heads, set(streams))
-    scoring = ClassScoring(space, labels, streams=len(streams), tokens=50, topk=topk)
+    scoring = ClassScoring(space, labels, block.units, streams=len(streams), tokens=50, topk=topk)
     assert any(scoring.scores.rank.data_ptr() == tensor.data_ptr() for tensor in poisoned_empty)
     resid = block.after_attention(x, heads, scoring=scoring, scored=streams)["resid"]
     torch.testing.assert_close(resid, sites["resid"], rtol=0, atol=0, equal_nan=True)
-    expected = [class_scores(sites[name], space, labels, topk=topk, impl="amx") for name in streams]
+    expected = [
+        class_scores(sites[name], space, labels, topk=topk, impl=block.units) for name in streams
+    ]
     for name in ("rank", "label_logit", "logsumexp", "topk"):
         alone = torch.cat([getattr(scores, name) for scores in expected], dim=1)
         scored = getattr(scoring.scores, name)
@@ -249,8 +263,7 @@ def test_the_tail_of_the_normal_distribution(degree: int, off: float) -> None:
     assert (exact[:, 0] > 1e-9).all()
 
 
-@needs_amx
-def test_gelu_of_every_bfloat16(dtype: torch.dtype) -> None:
+def test_gelu_of_every_bfloat16(units: Units, dtype: torch.dtype) -> None:
     """fc1 gives each of 96 values to a neuron of its own, fc2 gives it back."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     values = bits.view(torch.bfloat16).to(dtype)
@@ -265,7 +278,8 @@ def test_gelu_of_every_bfloat16(dtype: torch.dtype) -> None:
         norm = nn.LayerNorm(WIDTH, dtype=dtype)
         norm.weight.data.zero_()
         norm.bias.data = row  # so that LayerNorm gives the values
-        block = VitBlockAmx(
+        block = VitBlockCpu(
+            units,
             num_heads=1,
             norm1=norm,
             qkv=nn.Linear(WIDTH, 3 * WIDTH, dtype=dtype),
@@ -284,11 +298,10 @@ def test_gelu_of_every_bfloat16(dtype: torch.dtype) -> None:
     assert ((found - expected).abs() <= bound).all()
 
 
-@needs_amx
-@pytest.mark.parametrize(("dtype", "neurons"), [(BFLOAT16, 4128), (FLOAT32, 1600)])
-def test_an_mlp_whose_activations_are_not_held_at_once(dtype: torch.dtype, neurons: int) -> None:
+@pytest.mark.parametrize(("units", "dtype"), cases())
+def test_an_mlp_whose_activations_are_not_held_at_once(units: Units, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    width = 32
+    width, neurons = 32, {BFLOAT16: 4128, FLOAT32: 1600}[dtype]
     modules = {
         "norm1": nn.LayerNorm(width, dtype=dtype),
         "qkv": nn.Linear(width, 3 * width, dtype=dtype),
@@ -297,7 +310,7 @@ def test_an_mlp_whose_activations_are_not_held_at_once(dtype: torch.dtype, neuro
         "fc1": nn.Linear(width, neurons, dtype=dtype),
         "fc2": nn.Linear(neurons, width, dtype=dtype),
     }
-    block = VitBlockAmx(num_heads=1, **modules)  # pyright: ignore[reportArgumentType]
+    block = VitBlockCpu(units, num_heads=1, **modules)  # pyright: ignore[reportArgumentType]
     x = torch.randn(2, 70, width).to(dtype)
     sites = block.after_attention(x, x, {"mid", "key_mlp", "mlp"})
     assert_within(sites["key_mlp"], *linear64(*normal(sites["mid"], modules, "norm2", "fc1")))
@@ -307,28 +320,40 @@ def test_an_mlp_whose_activations_are_not_held_at_once(dtype: torch.dtype, neuro
     assert torch.equal(sites["resid"], sites["mid"] + sites["mlp"])
 
 
-def test_what_does_not_fit_is_named(modules: dict[str, nn.Module]) -> None:
+@pytest.mark.parametrize("units", UNITS)
+def test_what_does_not_fit_is_named(units: Units) -> None:
+    modules = make_modules(FLOAT32)
     with pytest.raises(ValueError, match=r"not all multiples of 32"):
-        VitBlockAmx(num_heads=8, **modules)  # pyright: ignore[reportArgumentType]
+        VitBlockCpu(units, num_heads=8, **modules)  # pyright: ignore[reportArgumentType]
     wide = {**modules, "proj": nn.Linear(HEADS * HEAD_DIM, WIDTH, dtype=torch.float16)}
-    with pytest.raises(ValueError, match=r"weights are .* on cpu; pass"):
-        VitBlockAmx(num_heads=HEADS, **wide)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError,
+        match=r"takes all in bfloat16 or .*, not torch.float16 on cpu, torch.float32 on cpu",
+    ):
+        VitBlockCpu(units, num_heads=HEADS, **wide)  # pyright: ignore[reportArgumentType]
 
 
-@needs_amx
-def test_what_is_not_of_the_dtype_and_width_is_refused(block: VitBlockAmx) -> None:
+def test_what_is_not_of_the_dtype_and_width_is_refused(block: VitBlockCpu) -> None:
     for x in (inputs(1, 2, block.dtype).double(), inputs(1, 2, block.dtype)[..., :64]):
         with pytest.raises(ValueError, match=f"width 96 takes {block.dtype} on a CPU, not"):
             block.qkv(x)
 
 
-@needs_amx
-def test_a_class_space_of_another_dtype_or_width_is_refused(block: VitBlockAmx) -> None:
+def test_a_class_space_of_another_dtype_or_width_is_refused(block: VitBlockCpu) -> None:
     x = inputs(1, 2, block.dtype)
     heads, labels = block.attention(block.qkv(x)), torch.tensor([3])
     other = FLOAT32 if block.dtype == BFLOAT16 else BFLOAT16
     for dtype, width in ((other, WIDTH), (block.dtype, 2 * WIDTH)):
         space = exact_space(40, width, dtype, bias=True)
-        scoring = ClassScoring(space, labels, streams=1, tokens=2, topk=1)
+        scoring = ClassScoring(space, labels, block.units, streams=1, tokens=2, topk=1)
         with pytest.raises(ValueError, match="width 96 takes"):
             block.after_attention(x, heads, scoring=scoring, scored=("resid",))
+
+
+def test_scores_of_other_units_are_refused(block: VitBlockCpu) -> None:
+    x = inputs(1, 2, block.dtype)
+    heads, space = block.attention(block.qkv(x)), exact_space(40, WIDTH, block.dtype, bias=True)
+    (other,) = set(UNITS) - {block.units}
+    scoring = ClassScoring(space, torch.tensor([3]), other, streams=1, tokens=2, topk=1)
+    with pytest.raises(ValueError, match=f"packed for {other} do not fit {block.units}"):
+        block.after_attention(x, heads, scoring=scoring, scored=("resid",))

@@ -1,5 +1,5 @@
-// Class scoring on CPUs with AMX, in bfloat16 and float32: LayerNorm statistics, projection and
-// reductions in one pass. Compiled and called by class_scores_amx.py.
+// Class scoring on CPUs with AMX or AVX-512, in bfloat16 and float32: LayerNorm statistics, projection
+// and reductions in one pass. Compiled and called by class_scores_cpu.py.
 
 #include <immintrin.h>
 
@@ -7,11 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
-#include "amx.hpp"
-#include "amx_values.hpp"
-#include "class_scores_amx.hpp"
+#include "class_scores_cpu.hpp"
 #include "lanes.hpp"
 #include "threads.hpp"
+#include "tile_values.hpp"
+#include "tiles.hpp"
 
 namespace {
 

@@ -1,6 +1,6 @@
-// A pre-norm transformer block in bfloat16 or float32 on CPUs with AMX, in three passes: LayerNorm
-// and the projection to queries, keys and values; attention; and all that is local to a token after
-// it. Compiled and called by vit_block_amx.py.
+// A pre-norm transformer block in bfloat16 or float32 on CPUs with AMX or AVX-512, in three passes:
+// LayerNorm and the projection to queries, keys and values; attention; and all that is local to a
+// token after it. Compiled and called by vit_block_cpu.py.
 //
 // BLOCK rows go through all products of a pass while they lie in a core's second-level cache. As in
 // the model run operation by operation, every product is summed in float32 and every operation's
@@ -17,11 +17,11 @@
 #include <cstdint>
 #include <limits>
 
-#include "amx.hpp"
-#include "amx_values.hpp"
-#include "class_scores_amx.hpp"
+#include "class_scores_cpu.hpp"
 #include "lanes.hpp"
 #include "threads.hpp"
+#include "tile_values.hpp"
+#include "tiles.hpp"
 
 extern "C" {
 

@@ -1,30 +1,15 @@
-// Products in the tile registers of CPUs with AMX, which multiply bfloat16 and add up float32, for
-// the C++ kernels beside it.
+// Products in the tile registers of CPUs with AMX, which multiply bfloat16 and add up float32. Part
+// of tiles.hpp.
 //
-// A value of type T is held as PARTS<T> values in bfloat16: bfloat16 (uint16_t) as itself, float32
-// as three of which it is the sum, each the rest of those before it, rounded. Of the nine products
-// of the parts of two float32 values the six larger are added up; the others are below 2^-23 of the
-// whole [Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for
-// higher-precision computations"].
-//
-// Rows [M, D] are held as tiles [M / 16][D / 32][PARTS][16][32]. Columns, that is the rows of a
-// weight [C, D], are held as panels [C / 32][D / 32][PARTS][2][16][32], where a tile's row has two
-// neighbouring values of each of 16 columns. All of these sizes are multiples of 32, filled up with
-// zeros.
+// bfloat16 (uint16_t) is held as itself, float32 as three parts in bfloat16 of which it is the sum,
+// each the rest of those before it, rounded. Of the nine products of the parts of two float32 values
+// the six larger are added up; the others are below 2^-23 of the whole [Henry, Tang, Heinecke 2019,
+// "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"].
 
 #pragma once
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <cstdint>
-#include <memory>
-
-constexpr int TILE_ROWS = 16;    // rows of a tile register
-constexpr int TILE_DEPTH = 32;   // bfloat16 values of a tile's row
-constexpr int TILE_VALUES = TILE_ROWS * TILE_DEPTH;
-constexpr int PANEL = 32;        // rows or columns of a 2 x 2 group of accumulator tiles
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -54,31 +39,12 @@ private:
     TileConfig before_;
 };
 
-template <typename T>
-std::unique_ptr<T[], void (*)(void*)> buffer(size_t count) {
-    return {static_cast<T*>(_mm_malloc(count * sizeof(T), 64)), _mm_free};
-}
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
-
-template <typename T>
-constexpr int PARTS = 1;
 template <>
 inline constexpr int PARTS<float> = 3;
 
 // Products of tiles for 32 rows, 32 columns and 32 values of the depth, four tiles each.
 template <typename T>
 constexpr int PRODUCTS = PARTS<T> * (PARTS<T> + 1) / 2;
-
-// Where the first part of the 32 values from column d on, a multiple of 32, of row m lies among
-// tiles of that depth; the others follow TILE_VALUES apart.
-template <typename T>
-int64_t place_in_tiles(int64_t m, int64_t d, int64_t depth) {
-    return PARTS<T> * (m / TILE_ROWS * TILE_ROWS * depth + d * TILE_ROWS) +
-           m % TILE_ROWS * TILE_DEPTH;
-}
 
 // Tiles `from` and those that come `ahead` after them: the first into a register, the others into
 // the first-level cache. One is loaded for each product and would wait for the second-level cache.
@@ -151,14 +117,8 @@ void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int6
     }
 }
 
-template <typename T>
-void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int64_t depth,
-                    float* out, int64_t stride) {
-    multiply_panel<T>(tiles, rows, panel, depth, out, stride, false, [] {});
-}
-
 // Asks Linux for the tile registers, which a process does not have from the start; 0 if granted.
-extern "C" long request_tiles() {
+extern "C" long request_units() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }

@@ -1,7 +1,7 @@
-"""A pre-norm transformer block on a CPU with AMX: launcher of ``vit_block_amx.cpp``.
+"""A pre-norm transformer block on a CPU with AMX or AVX-512: launcher of ``vit_block_cpu.cpp``.
 
 Every operation's result is rounded to the dtype of the activations, bfloat16 or float32, as in the
-model run operation by operation; products are summed in float32, see `classlens.kernels.amx`. A
+model run operation by operation; products are summed in float32, see `classlens.kernels.tiles`. A
 token's result does not depend on what else is in the batch.
 
 Shape letters: N images, T tokens, D width, F width of the MLP, H heads, d width of a head.
@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from classlens.kernels.amx import PANEL, functions, load, on_amx, pack_panels
-from classlens.kernels.class_scores_amx import ClassScoring
+from classlens.kernels.class_scores_cpu import ClassScoring
+from classlens.kernels.tiles import PANEL, Units, functions, load, pack_panels, require
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 GELU_SEGMENTS, GELU_END = 32, 6.0  # GELU(-6) is -6e-9
@@ -29,14 +29,15 @@ STREAMS = ("attn", "mid", "mlp", "resid")
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
-class VitBlockAmx:
+class VitBlockCpu:
     """x → norm1 → qkv → attention → proj → + x → norm2 → fc1 → GELU → fc2 → +, of timm's `Block`.
 
-    The weights are copied into the order of tile registers; the modules are not kept.
+    The weights are copied into tiles; the modules are not kept.
     """
 
     def __init__(
         self,
+        units: Units,
         *,
         num_heads: int,
         norm1: nn.LayerNorm,
@@ -51,28 +52,25 @@ class VitBlockAmx:
         """Packs the weights of a block.
 
         Args:
+            units: the registers that multiply.
             attn_scale, mlp_scale: [D], LayerScale of the two sublayers.
 
         Raises:
             ValueError: weights are not on a CPU, all in bfloat16 or all in float32; or a width,
                 that of a head among them, is no multiple of 32.
-            RuntimeError: no compiler, or it fails; or the system grants no tile registers.
+            RuntimeError: no such registers, or the system grants none; no compiler, or it fails.
         """
         self.num_heads, self.head_dim = num_heads, qkv.out_features // 3 // num_heads
         weights = [module.weight for module in (norm1, qkv, proj, norm2, fc1, fc2)]
         widths = {self.head_dim, *(width for weight in weights for width in weight.shape)}
         if any(width % PANEL for width in widths):
             raise ValueError(f"widths {sorted(widths)} are not all multiples of {PANEL}")
-        if not on_amx(*weights):
-            kinds = sorted({f"{weight.dtype} on {weight.device.type}" for weight in weights})
-            raise ValueError(
-                f"weights are {', '.join(kinds)}; pass all in bfloat16 or all in float32, on a CPU"
-            )
-        self.dtype = weights[0].dtype
-        self._functions = {name: of[self.dtype] for name, of in _functions().items()}
+        require(units, *weights)
+        self.units, self.dtype = units, weights[0].dtype
+        self._functions = {name: of[self.dtype] for name, of in _functions(units).items()}
         self._norm1, self._norm2 = _Norm(norm1), _Norm(norm2)
-        self._qkv, self._proj = _Linear(qkv), _Linear(proj)
-        self._fc1, self._fc2 = _Linear(fc1), _Linear(fc2)
+        self._qkv, self._proj = _Linear(qkv, units), _Linear(proj, units)
+        self._fc1, self._fc2 = _Linear(fc1, units), _Linear(fc2, units)
         self._attn_scale = None if attn_scale is None else attn_scale.detach().float()
         self._mlp_scale = None if mlp_scale is None else mlp_scale.detach().float()
 
@@ -120,13 +118,16 @@ class VitBlockAmx:
         ``key_mlp`` [N, T, F], the output of fc1, that are wanted.
 
         scored: the streams of ``scoring``, among ``STREAMS``, in their order there. Its scores are
-        those of `classlens.kernels.class_scores_amx.class_scores_amx`, bit for bit.
+        those of `classlens.kernels.class_scores_cpu.class_scores_cpu`, bit for bit.
 
         Raises:
-            ValueError: dtype or width of the activations or of the class space is not the block's.
+            ValueError: dtype, width or units of the activations or of the scoring are not the
+                block's.
         """
         if scoring is not None:
             self._checked(scoring.space.weight_CD, self._norm2.width)
+            if scoring.units != self.units:
+                raise ValueError(f"weights packed for {scoring.units} do not fit {self.units}")
         x, heads = self._checked(x, self._norm2.width), self._checked(heads, self._proj.depth)
         width, hidden_width = self._norm2.width, self._fc1.columns
         widths = {"attn": width, "mid": width, "key_mlp": hidden_width, "mlp": width}
@@ -175,9 +176,10 @@ class _Norm(ctypes.Structure):
 class _Linear(ctypes.Structure):
     _fields_ = (("weight", POINTER), ("bias", POINTER), ("depth", INTEGER), ("columns", INTEGER))
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, units: Units) -> None:
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-        self.tensors = pack_panels(linear.weight.detach()), bias.detach().float()  # kept alive
+        weight = pack_panels(linear.weight.detach(), units)
+        self.tensors = weight, bias.detach().float()  # kept alive
         pointers = (tensor.data_ptr() for tensor in self.tensors)
         super().__init__(*pointers, linear.in_features, linear.out_features)
 
@@ -225,8 +227,8 @@ def _normal_tail(degree: int) -> _Tail:
 
 
 @functools.cache
-def _functions() -> dict[str, dict[torch.dtype, Callable[..., None]]]:
-    library, structure = load(SOURCE), ctypes.POINTER
+def _functions(units: Units) -> dict[str, dict[torch.dtype, Callable[..., None]]]:
+    library, structure = load(SOURCE, units), ctypes.POINTER
     argtypes = {
         "queries_keys_values": [
             *(POINTER, INTEGER, structure(_Norm), structure(_Linear), INTEGER, INTEGER, POINTER),
