@@ -63,6 +63,14 @@ def test_half_inputs_may_keep_a_float32_weight() -> None:
     assert_in_bracket(actual, x, space64, labels, torch.float32)
 
 
+def test_float64_inputs_widen_a_float32_weight() -> None:
+    x, space64, labels = random_case(2, 197, 96, 1000, torch.float64)
+    narrow = space64.to(dtype=torch.float32)
+    actual = class_scores(x, narrow, labels)
+    assert actual.label_logit.dtype == torch.float64
+    assert_equal_scores(actual, class_scores(x, narrow.to(dtype=torch.float64), labels))
+
+
 def test_bfloat16_products_keep_float32_sums_and_the_setting() -> None:
     """Products of 1 + 2⁻⁷ need 15 bits; a bfloat16 result has 8, a rounded operand none left."""
     a = torch.full((32, 32), 1 + 2**-7)
