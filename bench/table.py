@@ -22,7 +22,6 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "dtype": ("dtype", ""),
         "forward": ("forward pass", ""),
         "impl": ("scoring", ""),
-        "compiled": ("compiled", ""),
         "certify": ("certified", ""),
         "reduce": ("besides ranks", ""),
         "forward_images_per_s": ("bare forward, images/s", ",.2f"),
@@ -110,6 +109,7 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "images_per_s": ("images/s", ",.2f"),
     },
 }
+COMMIT = {"commit": ("commit", "")}  # of rows whose commits differ
 
 
 @click.command()
@@ -123,8 +123,8 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
 def table(context: click.Context, results: Path, readme: Path, check: bool) -> None:
     """Rewrites the README's tables from the committed results.
 
-    What stands between `<!-- bench:begin -->` and `<!-- bench:end -->` is replaced by one table for
-    each result. For a checkout of classlens.
+    What stands between `<!-- bench:begin -->` and `<!-- bench:end -->` is replaced by a table for
+    each benchmark and machine. For a checkout of classlens.
     """
     text = readme.read_text(encoding="utf-8")
     current = with_tables(text, read_results(results))
@@ -172,8 +172,31 @@ def with_tables(text: str, results: list[dict[str, Any]]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in before + after:
         raise UsageError(f"The README needs {BEGIN} and behind it {END}, once each; put them in.")
-    blocks = [markdown(result) for result in results] or [NO_RESULTS]
+    blocks = [markdown(result) for result in by_machine(results)] or [NO_RESULTS]
     return "\n\n".join([before + BEGIN, *blocks, END + after])
+
+
+def by_machine(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of one benchmark on one machine as one result, whose rows name their commits if these
+    differ."""
+    merged: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        machine = {name: fact for name, fact in result["machine"].items() if name != "commit"}
+        merged.setdefault((result["benchmark"], *machine.items()), []).append(result)
+    return [_joined(alike) for alike in merged.values()]
+
+
+def _joined(alike: list[dict[str, Any]]) -> dict[str, Any]:
+    commits = {result["machine"].get("commit") for result in alike}
+    if len(commits) == 1:
+        return alike[0] | {"rows": [row for result in alike for row in result["rows"]]}
+    machine = {name: fact for name, fact in alike[0]["machine"].items() if name != "commit"}
+    rows = [
+        row | {"commit": result["machine"].get("commit")}
+        for result in alike
+        for row in result["rows"]
+    ]
+    return {"benchmark": alike[0]["benchmark"], "machine": machine, "rows": rows}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -184,7 +207,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     columns = {
         name: column
-        for name, column in TABLES[result["benchmark"]].items()
+        for name, column in (TABLES[result["benchmark"]] | COMMIT).items()
         if any(name in row for row in rows)
     }
     lines = [

@@ -12,9 +12,9 @@ MACHINE = {"processor": "Abacus", "threads": 2, "native_bfloat16": False, "commi
 README = f"# Title\n\n{BEGIN}\nold\n{END}\n\nthe rest\n"
 
 
-def write(folder: Path, name: str, benchmark: str, rows: list[dict]) -> None:
+def write(folder: Path, name: str, benchmark: str, rows: list[dict], **machine) -> None:
     folder.mkdir(exist_ok=True)
-    result = {"benchmark": benchmark, "machine": MACHINE, "rows": rows}
+    result = {"benchmark": benchmark, "machine": MACHINE | machine, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(result))
 
 
@@ -45,6 +45,27 @@ def test_tables_of_two_results(tmp_path):
         "| question | rows it concerns | store, s |\n"
         "| --- | ---: | ---: |\n"
         "| one image | 7,092 | 0.100 |\n\n"
+        f"{END}\n\nthe rest\n"
+    )
+
+
+def test_results_of_one_machine_share_a_table(tmp_path):
+    for name, commit in (("a", "1234567"), ("b", "89abcde")):
+        write(tmp_path, name, "query", [{"query": name, "rows": 1}], commit=commit)
+    write(tmp_path, "c", "query", [{"query": "c"}], processor="Pascaline")
+    write(tmp_path, "d", "query", [{"query": "d"}], processor="Pascaline")
+    assert with_tables(README, read_results(tmp_path)) == (
+        f"# Title\n\n{BEGIN}\n\n"
+        "`classlens bench query` on Abacus (threads 2, native bfloat16 no):\n\n"
+        "| question | rows it concerns | commit |\n"
+        "| --- | ---: | --- |\n"
+        "| a | 1 | 1234567 |\n"
+        "| b | 1 | 89abcde |\n\n"
+        "`classlens bench query` on Pascaline (threads 2, native bfloat16 no, commit 1234567):\n\n"
+        "| question |\n"
+        "| --- |\n"
+        "| c |\n"
+        "| d |\n\n"
         f"{END}\n\nthe rest\n"
     )
 
