@@ -35,7 +35,7 @@ class FusedBlocks:
             ranks: whose streams `scoring` scores.
 
         Raises:
-            RuntimeError: no such registers, or the system grants none; no compiler, or it fails.
+            RuntimeError: no such registers; no compiler, or it fails.
         """
         self._fused = {}
         for block in model.blocks:

@@ -85,7 +85,7 @@ def class_scores_cpu(
 
     Raises:
         ValueError: something is not on a CPU, or not all in bfloat16 or all in float32.
-        RuntimeError: no such registers, or the system grants none; no compiler, or it fails.
+        RuntimeError: no such registers; no compiler, or it fails.
     """
     require(units, x, space.weight_CD)
     x = x.contiguous()

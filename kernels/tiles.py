@@ -10,6 +10,7 @@ Shape letters: C columns of a product, D its depth, P parts of a value.
 """
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +32,7 @@ PARTS_AMX = 3  # of a float32 value, in bfloat16
 
 
 def has_units(units: Units, dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies values of this dtype in these registers."""
+    """Whether this CPU has registers that multiply such values, and the system grants them."""
     if dtype not in DTYPES:
         return False
     needed = ["avx512_f", "avx512_bw", "avx512_vl"]
@@ -40,7 +41,17 @@ def has_units(units: Units, dtype: torch.dtype) -> bool:
     elif dtype == torch.bfloat16:
         needed += ["avx512_bf16"]
     capabilities = torch.cpu.get_capabilities()
-    return all(capabilities.get(name, False) for name in needed)
+    found = all(capabilities.get(name, False) for name in needed)
+    return found and (units != "amx" or _tiles_granted())
+
+
+@functools.cache
+def _tiles_granted() -> bool:
+    """Asks Linux for the tile registers, which a process does not have from the start."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    system_call = ctypes.CDLL(None).syscall
+    system_call.argtypes, system_call.restype = (ctypes.c_long,) * 3, ctypes.c_long
+    return system_call(arch_prctl, request_permission, tile_data) == 0
 
 
 def units_found(dtype: torch.dtype) -> Units | None:
@@ -52,16 +63,8 @@ def units_found(dtype: torch.dtype) -> Units | None:
 
 
 def load(source: Path, units: Units) -> ctypes.CDLL:
-    """The library of a source that includes ``tiles.hpp``.
-
-    Raises:
-        RuntimeError: no compiler, or it fails; or the system grants no tile registers.
-    """
-    library = cpp.load(source, FLAGS[units])
-    library.request_units.restype = ctypes.c_long
-    if library.request_units() != 0:
-        raise RuntimeError("the system grants no AMX tile registers; pass impl='torch'")
-    return library
+    """The library of a source that includes ``tiles.hpp``; errors as `cpp.load`."""
+    return cpp.load(source, FLAGS[units])
 
 
 def functions(

@@ -8,9 +8,6 @@
 
 #pragma once
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -115,10 +112,4 @@ void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int6
         _tile_stored(2, second, stride * sizeof(float));
         _tile_stored(3, second + TILE_ROWS, stride * sizeof(float));
     }
-}
-
-// Asks Linux for the tile registers, which a process does not have from the start; 0 if granted.
-extern "C" long request_units() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }

@@ -95,6 +95,3 @@ void multiply_panel(const uint16_t* tiles, int rows, const uint16_t* panel, int6
     const int64_t calls = rows / PANEL * (depth / TILE_DEPTH) * PRODUCTS<T>;
     for (int64_t call = 0; call < calls; ++call) meanwhile();
 }
-
-// Nothing to ask for.
-extern "C" long request_units() { return 0; }

@@ -58,7 +58,7 @@ class VitBlockCpu:
         Raises:
             ValueError: weights are not on a CPU, all in bfloat16 or all in float32; or a width,
                 that of a head among them, is no multiple of 32.
-            RuntimeError: no such registers, or the system grants none; no compiler, or it fails.
+            RuntimeError: no such registers; no compiler, or it fails.
         """
         self.num_heads, self.head_dim = num_heads, qkv.out_features // 3 // num_heads
         weights = [module.weight for module in (norm1, qkv, proj, norm2, fc1, fc2)]

@@ -70,8 +70,3 @@ inline void multiply(int to, int left, int right) {
 #define _tile_dpbf16ps(to, left, right) emulated::multiply(to, left, right)
 
 #define __AMX_BF16__ 1
-
-// Nor is the system asked for registers that it does not have.
-#include <sys/syscall.h>
-#include <unistd.h>
-#define syscall(...) 0

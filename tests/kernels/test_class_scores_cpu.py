@@ -16,7 +16,7 @@ from scoring_cases import (
     spoil_rows,
 )
 
-from classlens.kernels import cpp
+from classlens.kernels import cpp, tiles
 from classlens.kernels.class_scores import class_scores
 from classlens.kernels.class_space import ClassSpace
 from classlens.kernels.reference import logits_reference
@@ -151,6 +151,10 @@ def test_which_registers_are_taken_by_capabilities(monkeypatch: pytest.MonkeyPat
     found.update(avx512_bf16=True)
     assert (units_found(FLOAT32), units_found(BFLOAT16)) == ("avx512", "avx512")
     found.update(amx_tile=True, amx_bf16=True)
+    granted = False
+    monkeypatch.setattr(tiles, "_tiles_granted", lambda: granted)
+    assert (units_found(FLOAT32), units_found(BFLOAT16)) == ("avx512", "avx512")
+    granted = True
     assert (units_found(FLOAT32), units_found(BFLOAT16)) == ("amx", "amx")
     assert units_found(torch.float16) is None
     monkeypatch.setattr(cpp, "compiler", lambda: None)
