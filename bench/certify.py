@@ -29,7 +29,7 @@ JUDGE_DIGITS = 120
 
 @click.command()
 @click.option("--rows", default=1_000_000, show_default=True, type=click.IntRange(1000),
-              help="In all; a few more.")  # fmt: skip
+              help="At least so many in all.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--compile/--no-compile", default=False, show_default=True,
               help="Compile the reductions.")  # fmt: skip

@@ -179,24 +179,22 @@ def with_tables(text: str, results: list[dict[str, Any]]) -> str:
 def by_machine(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Results of one benchmark on one machine as one result, whose rows name their commits if these
     differ."""
-    merged: dict[tuple, list[dict[str, Any]]] = {}
+    alike: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         machine = {name: fact for name, fact in result["machine"].items() if name != "commit"}
-        merged.setdefault((result["benchmark"], *machine.items()), []).append(result)
-    return [_joined(alike) for alike in merged.values()]
-
-
-def _joined(alike: list[dict[str, Any]]) -> dict[str, Any]:
-    commits = {result["machine"].get("commit") for result in alike}
-    if len(commits) == 1:
-        return alike[0] | {"rows": [row for result in alike for row in result["rows"]]}
-    machine = {name: fact for name, fact in alike[0]["machine"].items() if name != "commit"}
-    rows = [
-        row | {"commit": result["machine"].get("commit")}
-        for result in alike
-        for row in result["rows"]
-    ]
-    return {"benchmark": alike[0]["benchmark"], "machine": machine, "rows": rows}
+        alike.setdefault((result["benchmark"], *machine.items()), []).append(result)
+    merged = []
+    for (benchmark, *facts), group in alike.items():
+        commits = [{"commit": result["machine"].get("commit")} for result in group]
+        differ = any(commit != commits[0] for commit in commits)
+        rows = [
+            row | commit if differ else row
+            for result, commit in zip(group, commits, strict=True)
+            for row in result["rows"]
+        ]
+        machine = dict(facts) if differ else group[0]["machine"]
+        merged.append({"benchmark": benchmark, "machine": machine, "rows": rows})
+    return merged
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -1,5 +1,5 @@
-// Class scoring on CPUs with AMX or AVX-512, in bfloat16 and float32: LayerNorm statistics, projection
-// and reductions in one pass. Compiled and called by class_scores_cpu.py.
+// Class scoring on CPUs with AMX or AVX-512, in bfloat16 and float32: LayerNorm statistics,
+// projection and reductions in one pass. Compiled and called by class_scores_cpu.py.
 
 #include <immintrin.h>
 

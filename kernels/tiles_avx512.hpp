@@ -1,8 +1,8 @@
 // Products in the vector registers of CPUs with AVX-512, which multiply float32, and bfloat16 where
 // there is AVX512_BF16; both add up float32. Part of tiles.hpp.
 //
-// bfloat16 (uint16_t) is held as itself. The two parts of 32 float32 values of a row are its halves;
-// those of two neighbouring values of a column are the first and the second.
+// bfloat16 (uint16_t) is held as itself. The two parts of 32 float32 values of a row are its
+// halves; those of two neighbouring values of a column are the first and the second.
 
 #pragma once
 

@@ -1,6 +1,6 @@
 // Tile registers of CPUs with AMX, emulated by vectors: included before a source whose own
-// intrinsics it replaces. As there, products of even and of odd places are added up apart before they are
-// added to a tile, and without a configuration the process dies.
+// intrinsics it replaces. As there, products of even and of odd places are added up apart before
+// they are added to a tile, and without a configuration the process dies.
 
 #pragma once
 
