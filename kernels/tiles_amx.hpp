@@ -3,8 +3,9 @@
 //
 // bfloat16 (uint16_t) is held as itself, float32 as three parts in bfloat16 of which it is the sum,
 // each the rest of those before it, rounded. Of the nine products of the parts of two float32
-// values the six larger are added up; the others are below 2^-23 of the whole [Henry, Tang, Heinecke 2019,
-// "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations"].
+// values the six larger are added up; the others are below 2^-23 of the whole [Henry, Tang,
+// Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+// computations"].
 
 #pragma once
 
